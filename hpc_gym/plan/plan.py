@@ -201,6 +201,8 @@ class Training:
     sampling: Sampling
     evaluation: Evaluation
     weight_transfer: Literal["gloo", "nccl", "filesystem", "adapter"]
+    """How weights travel. Whatever it says, vLLM is started with `--worker-extension-cls hpc_gym.weights.worker.WorkerExtension
+    --weight-transfer-config '{"backend": "hpc_gym"}'`: the sender names the transport when it makes its group."""
     wandb: Mapping[str, Any] | None
     """`project`, `entity`, `mode`, `run_id`, `name`; None: no W&B."""
     on_policy_tolerance: float
