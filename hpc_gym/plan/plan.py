@@ -16,7 +16,8 @@ Placeholders allowed in `Process.argv`, `Process.env` and `ConfigFile.text`:
 `{address}`            address of this node that the other nodes reach it by
 `{interface}`          network interface that carries `{address}` ("lo" in a local job)
 `{private_dir}`        a 0700 directory of this node and attempt, removed at the end; Unix sockets live there
-`{port:NAME}`          a TCP port of this node, chosen by its supervisor for `Process.ports`
+`{port:NAME}`          a TCP port of this node, chosen by its supervisor for `Process.ports`; the first one of a block
+`{port:NAME+99}`       the hundredth port of the block `NAME*100`
 `{fd:NAME}`            the inherited, already listening socket of `Process.listen`
 `{endpoint:NAME}`      `host:port` of an endpoint that some node publishes (waits until it is known)
 `{host:NAME}`          the host part of that endpoint
