@@ -24,9 +24,9 @@ class Outcome(StrEnum):
 class Trajectory:
     """One rollout. P prompt tokens of the first turn, C tokens after them.
 
-    `completion_ids` is everything after the first prompt: what the policy generated (`policy_mask` 1) and what the environment
-    put between (`policy_mask` 0). `logprobs` are those of the sampling policy, natural log, NaN where the mask is 0.
-    `weight_versions` says which weights generated each token, -1 where the mask is 0.
+    `completion_ids` is everything after the first prompt: what the policy generated (`policy_mask` 1) and what the
+    environment put between (`policy_mask` 0). `logprobs` are those of the sampling policy, natural log, NaN where the
+    mask is 0. `weight_versions` says which weights generated each token, -1 where the mask is 0.
     """
 
     index: int
