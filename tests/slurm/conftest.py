@@ -1,0 +1,54 @@
+"""A real Slurm for these tests: started once per session, stopped at its end, skipped with the reason where it cannot be."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "cluster"))
+from cluster import Cluster, why_not
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.slurm)
+
+
+@pytest.fixture(scope="session")
+def slurm_session() -> Iterator[Cluster]:
+    """The cluster of this test session. With HPC_GYM_REQUIRE_SLURM=1 a machine that cannot have one fails the tests."""
+    reason = why_not()
+    if reason and os.environ.get("HPC_GYM_REQUIRE_SLURM") != "1":
+        pytest.skip(f"no Slurm cluster: {reason}")
+    cluster = Cluster(Path(tempfile.mkdtemp(prefix="hpc-gym-slurm-")))
+    try:
+        cluster.up()
+        yield cluster
+    finally:
+        cluster.down(purge=True)
+
+
+@pytest.fixture
+def slurm_cluster(slurm_session: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """The cluster, whole and idle before and after a test; Slurm's commands in this process talk to it."""
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "SBATCH_", "SQUEUE_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_CONF", slurm_session.env["SLURM_CONF"])
+    slurm_session.up()
+    yield slurm_session
+    slurm_session.cancel_all()
+
+
+@pytest.fixture
+def shared(slurm_cluster: Cluster) -> Path:
+    """A new folder on the cluster's shared file system."""
+    return Path(tempfile.mkdtemp(dir=slurm_cluster.shared))
