@@ -1,0 +1,161 @@
+"""Which processes are ours, read from /proc, and how to make sure that none is left.
+
+A process that leaves its group or session, or outlives its parent, stays below a supervisor: supervisors and their guardians are
+child subreapers. Where even that chain is broken (several of them killed at once), the marker in the environment tells.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+MARKER = "HPC_GYM_PROCESS"
+"""Environment variable of every process of a job: `JOB NODE PROCESS`."""
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+@dataclass(frozen=True)
+class Proc:
+    """One row of /proc. (pid, start) names a process for ever, a pid alone does not."""
+
+    pid: int
+    parent: int
+    group: int
+    session: int
+    start: int
+    """Clock ticks since boot."""
+    zombie: bool
+
+
+def processes() -> dict[int, Proc]:
+    """Every process of this machine that can be seen, by pid."""
+    found = {}
+    with os.scandir("/proc") as entries:
+        pids = [int(entry.name) for entry in entries if entry.name.isdigit()]
+    for pid in pids:
+        if (proc := process(pid)) is not None:
+            found[pid] = proc
+    return found
+
+
+def process(pid: int) -> Proc | None:
+    """The process with that pid, None when there is none."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 (many times a second)
+            text = file.read()
+    except OSError:
+        return None
+    # The name, in brackets, may hold anything.
+    fields = text[text.rindex(b")") + 2 :].split()
+    return Proc(pid, int(fields[1]), int(fields[2]), int(fields[3]), int(fields[19]), fields[0] in (b"Z", b"X"))
+
+
+def descendants(root: int, table: dict[int, Proc]) -> list[Proc]:
+    """All living processes below `root`, itself not included."""
+    children: dict[int, list[Proc]] = {}
+    for proc in table.values():
+        children.setdefault(proc.parent, []).append(proc)
+    found: list[Proc] = []
+    queue = [root]
+    while queue:
+        below = children.get(queue.pop(), [])
+        found.extend(proc for proc in below if not proc.zombie)
+        queue.extend(proc.pid for proc in below)
+    return found
+
+
+def marked(marker: str, table: dict[int, Proc]) -> list[Proc]:
+    """All living processes whose environment says that they belong to `marker` (a job, or `JOB NODE` and so on)."""
+    wanted = f"{MARKER}={marker}".encode()
+    found = []
+    for proc in table.values():
+        with contextlib.suppress(OSError):
+            environment = Path(f"/proc/{proc.pid}/environ").read_bytes()
+            if not proc.zombie and any(
+                entry == wanted or entry.startswith(wanted + b" ") for entry in environment.split(b"\0")
+            ):
+                found.append(proc)
+    return found
+
+
+def send(procs: Iterable[Proc], signum: int) -> None:
+    """Sends a signal to each, unless its pid is another process's by now."""
+    for proc in procs:
+        now = process(proc.pid)
+        if now is not None and now.start == proc.start:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(proc.pid, signum)
+
+
+def cpu_seconds(procs: Iterable[Proc]) -> float:
+    """CPU time of the processes and of the children they waited for."""
+    ticks = 0
+    for proc in procs:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            text = Path(f"/proc/{proc.pid}/stat").read_bytes()
+            ticks += sum(map(int, text[text.rindex(b")") + 2 :].split()[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def become_subreaper() -> None:
+    """Orphans below this process become its children from now on. See prctl(2)."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def signal_when_parent_dies(signum: int) -> None:
+    """This process gets `signum` when the thread that made it ends. See prctl(2)."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signum, 0, 0, 0)
+
+
+def kill_all(marker: str, spare: frozenset[int] = frozenset(), within_s: float = 5.0) -> list[int]:
+    """Kills everything below this process, and everything marked, until nothing is left; returns pids that would not die.
+
+    `spare`: pids that stay, with what is below them.
+    """
+    deadline = time.monotonic() + within_s
+    while True:
+        reap()
+        left = list(ours(marker, spare))
+        if not left or time.monotonic() > deadline:
+            return [proc.pid for proc in left]
+        send(left, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+async def kill_all_async(marker: str, spare: frozenset[int], within_s: float) -> list[int]:
+    """`kill_all` for a process that reaps its children elsewhere."""
+    deadline = time.monotonic() + within_s
+    while True:
+        left = list(ours(marker, spare))
+        if not left or time.monotonic() > deadline:
+            return [proc.pid for proc in left]
+        send(left, signal.SIGKILL)
+        await asyncio.sleep(0.02)
+
+
+def ours(marker: str, spare: frozenset[int] = frozenset()) -> Iterator[Proc]:
+    """Living processes below this one or with the marker, this one not included."""
+    table = processes()
+    spared = set(spare) | {os.getpid()}
+    for pid in spare:
+        spared.update(proc.pid for proc in descendants(pid, table))
+    mine = {proc.pid: proc for proc in (*descendants(os.getpid(), table), *marked(marker, table))}
+    yield from (proc for pid, proc in mine.items() if pid not in spared)
+
+
+def reap() -> list[tuple[int, int]]:
+    """Waits for every child that has ended: (pid, wait status) of each."""
+    ended = []
+    with contextlib.suppress(ChildProcessError):
+        while (found := os.waitpid(-1, os.WNOHANG))[0]:
+            ended.append(found)
+    return ended

@@ -1,0 +1,28 @@
+"""The event log of an attempt, `attempts/K/events.jsonl`: one JSON object a line, written by the coordinator alone.
+
+Every event has `time` (seconds since the epoch, clock of the node it happened on), `attempt`, `node`, `role`, `process`
+("" for the node itself) and `event`, which is one of:
+
+=================  ==================================================================================================
+node: `joined`     its supervisor reported to the coordinator; `host`, `address`, `pid`
+node: `silent`     no heartbeat for `seconds`
+node: `released`   nothing of the attempt is left on it; `seconds` since it was told to stop
+`started`          `pid`, `restarts` so far
+`progress`         on the way to ready: `text` ("3 / 9 servers")
+`status`           `text`, what the process says it does
+`ready`            `seconds` since it was started
+`saving`, `saved`  a checkpoint is being written; no longer
+`hung`             it will be killed: `cause`
+`exited`           `exit_code` or `signal`, `seconds` since it was started, `cpu_seconds` it and its waited-for children used
+`restarting`       in place, after `delay` seconds; `restarts`, `cause`
+`failed`           the fields of `hpc_gym.protocol.attempt.Failure`
+job: `stopping`    `reason`; node and role are those of the coordinator
+job: `outcome`     `kind`, `sentence`, `seconds` since the first cause
+=================  ==================================================================================================
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+Event: TypeAlias = dict[str, Any]
