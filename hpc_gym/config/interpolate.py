@@ -1,0 +1,69 @@
+"""`${other.key}` and OmegaConf's resolvers (`${oc.env:NAME,default}`) in composed values."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from hpc_gym.config.problems import Problem, nearest
+from hpc_gym.config.provenance import KeyPath
+
+
+def interpolate(tree: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """The tree with every interpolation replaced by its value, and what could not be resolved.
+
+    `\\${...}` is left for others (NeMo Gym has interpolation of its own) as `${...}`.
+    """
+    paths = list(_interpolated(tree, ()))
+    if not paths:
+        return tree, []
+    # Imported here: most of its cost would fall on experiments that interpolate nothing.
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    lazy = OmegaConf.create(tree)
+    result = copy.deepcopy(tree)
+    problems = []
+    for path in paths:
+        try:
+            node: Any = lazy
+            for part in path:
+                node = node[part]
+        except OmegaConfBaseException as error:
+            problems.append(Problem(path, _sentence(error, tree)))
+            continue
+        value = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        _set(result, path, value)
+    return result, problems
+
+
+def _interpolated(value: Any, path: KeyPath) -> list[KeyPath]:
+    if isinstance(value, str):
+        return [path] if "${" in value else []
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [found for key, item in items for found in _interpolated(item, (*path, key))]
+
+
+def _set(tree: Any, path: KeyPath, value: Any) -> None:
+    for part in path[:-1]:
+        tree = tree[part]
+    tree[path[-1]] = value
+
+
+def _sentence(error: Exception, tree: dict[str, Any]) -> str:
+    text = str(error).splitlines()[0]
+    _, _, missing = text.partition("Interpolation key '")
+    if missing:
+        name = missing.split("'")[0]
+        keys = [".".join(map(str, path)) for path in _keys(tree, ())]
+        return f"'${{{name}}}' names no key; {nearest(name, keys)}"
+    if "Environment variable" in text:
+        name = text.split("'")[1]
+        return f"the environment variable {name} is not set; set it, or give a default: ${{oc.env:{name},DEFAULT}}."
+    return f"the interpolation cannot be resolved: {text}."
+
+
+def _keys(value: Any, path: KeyPath) -> list[KeyPath]:
+    if not isinstance(value, dict):
+        return [path]
+    return [found for key, item in value.items() for found in _keys(item, (*path, key))]

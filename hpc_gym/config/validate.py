@@ -1,0 +1,116 @@
+"""Composed values to the typed `Experiment`, with pydantic's findings told as sentences for the author of the YAML."""
+
+from __future__ import annotations
+
+import re
+import typing
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from hpc_gym.config.compose import Composed
+from hpc_gym.config.problems import Problem, nearest, value_text
+from hpc_gym.config.provenance import KeyPath
+from hpc_gym.config.schema import Experiment, Slurm
+from hpc_gym.config.slurm_options import slurm_problems
+
+_KINDS = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "dict_type": "a section of `key: value` pairs",
+    "model_type": "a section of `key: value` pairs",
+    "list_type": "a list",
+    "finite_number": "a finite number",
+}
+
+
+def validate(composed: Composed) -> tuple[Experiment | None, list[Problem]]:
+    """The typed experiment, or None and the problems that keep it from being one."""
+    problems = slurm_problems(composed.tree)
+    try:
+        experiment = Experiment.model_validate(composed.tree)
+    except ValidationError as error:
+        found = [_problem(details, composed.tree) for details in error.errors(include_url=False)]
+        return None, [*found, *problems]
+    return (None if problems else experiment), problems
+
+
+def _problem(details: ErrorDetails, tree: dict[str, Any]) -> Problem:
+    path = _key_path(details["loc"], tree, missing=details["type"] == "missing")
+    kind, context = details["type"], details.get("ctx", {})
+    if kind == "extra_forbidden":
+        return Problem(path, f"unknown key; {nearest(str(path[-1]), _fields_at(path[:-1]))}")
+    if kind == "missing":
+        return Problem(path, "is missing: it must be set.")
+    if kind == "literal_error":
+        allowed = re.sub(r"'([^']*)' or ", r"'\1' or ", str(context.get("expected", "")))
+        return Problem(path, f"{value_text(details['input'])} is not allowed; allowed: {allowed}.")
+    if kind in _KINDS:
+        return Problem(path, f"must be {_KINDS[kind]}, not {_typed(details['input'])}.")
+    if kind == "value_error":
+        message = str(context.get("error", details["msg"]))
+        quoted = f"{value_text(details['input'])}: " if isinstance(details["input"], str) else ""
+        return Problem(path, quoted + message)
+    if kind == "too_short":
+        return Problem(path, "must not be empty.")
+    if kind == "string_too_short":
+        return Problem(path, "must not be empty text.")
+    bound = details["msg"].replace("Input should be ", "").lower()
+    return Problem(path, f"{value_text(details['input'])} is not allowed; it must be {bound}.")
+
+
+def _typed(value: Any) -> str:
+    if isinstance(value, str):
+        return f"the text {value_text(value)}"
+    return value_text(value)
+
+
+def _key_path(loc: tuple[int | str, ...], tree: Any, *, missing: bool) -> KeyPath:
+    """`loc` without what pydantic adds for the member of a union that it tried."""
+    path: list[str | int] = []
+    node = tree
+    for index, part in enumerate(loc):
+        if isinstance(node, dict) and part in node:
+            node = node[part]
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            node = node[part]
+        elif missing and index == len(loc) - 1:
+            path.append(part)
+            break
+        else:
+            break
+        path.append(part)
+    return tuple(path)
+
+
+def _fields_at(path: KeyPath) -> list[str]:
+    """The keys that may stand in the section at `path`."""
+    kind: Any = Experiment
+    for part in path:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            field = kind.model_fields.get(str(part))
+            kind = _section(field.annotation if field else None)
+        else:
+            kind = _section(_element(kind))
+    if isinstance(kind, type) and issubclass(kind, BaseModel) and kind is not Slurm:
+        return list(kind.model_fields) + (["extends"] if kind is Experiment else [])
+    return []
+
+
+def _element(kind: Any) -> Any:
+    arguments = typing.get_args(kind)
+    return arguments[-1] if arguments else None
+
+
+def _section(kind: Any) -> Any:
+    """The section, list or mapping inside an `Annotated` or an optional."""
+    if typing.get_origin(kind) is typing.Annotated:
+        return _section(typing.get_args(kind)[0])
+    members = [member for member in typing.get_args(kind) if member is not type(None)]
+    if typing.get_origin(kind) in (list, dict) or not members:
+        return kind
+    return _section(members[0])
