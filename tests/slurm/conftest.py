@@ -1,4 +1,4 @@
-"""A real Slurm for these tests: started once per session, stopped at its end, skipped with the reason where it cannot be."""
+"""A real Slurm for these tests: one per session, stopped at its end; skipped, with the reason, where it cannot be."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "cluster"))
-from cluster import Cluster, why_not
+from cluster import Cluster
+from machine import why_not
 
 HERE = Path(__file__).parent
 

@@ -10,7 +10,9 @@ from cluster import Cluster
 
 
 def test_nodes_have_hosts_addresses_and_loopbacks_of_their_own(slurm_cluster: Cluster) -> None:
-    seen = slurm_cluster.slurm("srun", "-N5", "-n5", "sh", "-c", "echo $(hostname) $(hostname -i) $CUDA_VISIBLE_DEVICES")
+    seen = slurm_cluster.slurm(
+        "srun", "-N5", "-n5", "sh", "-c", "echo $(hostname) $(hostname -i) $CUDA_VISIBLE_DEVICES"
+    )
     lines = sorted(line.split() for line in seen.splitlines())
     assert [line[0] for line in lines] == ["node1", "node2", "node3", "node4", "node5"]
     assert len({line[1] for line in lines}) == 5
@@ -35,7 +37,9 @@ def test_a_crashed_node_is_down_and_comes_back(slurm_cluster: Cluster) -> None:
 @pytest.mark.parametrize("command", ["scancel", "end"])
 def test_no_process_outlives_its_job(slurm_cluster: Cluster, command: str) -> None:
     wait = "sleep 60" if command == "scancel" else "true"
-    job = slurm_cluster.slurm("sbatch", "--parsable", "-o", "/dev/null", "--wrap", f"setsid sleep 61 & sleep 1; {wait}").strip()
+    job = slurm_cluster.slurm(
+        "sbatch", "--parsable", "-o", "/dev/null", "--wrap", f"setsid sleep 61 & sleep 1; {wait}"
+    ).strip()
     deadline = time.monotonic() + 30
     while "sleep 61" not in slurm_cluster.processes("node1").values():
         assert time.monotonic() < deadline

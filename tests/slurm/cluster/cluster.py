@@ -1,7 +1,7 @@
 """A real multi-node Slurm on one machine, for the tests: see the README beside this file.
 
 Every node is a set of Linux namespaces (network, host name, mounts, processes, IPC) with an address on a private bridge
-and a slurmd of its own. The controller, accounting and munge run on one more, `head`. The machine itself is the login node.
+and a slurmd of its own. Controller, accounting and munge run on one more, `head`. The machine itself is the login node.
 """
 
 from __future__ import annotations
@@ -22,15 +22,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from machine import ACCOUNTING_PACKAGES, PACKAGES, ClusterError, claim_network, install, start_time, write_hosts
+
 FILES = Path(__file__).resolve().parent / "files"
-PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client", "iproute2", "procps")
-ACCOUNTING_PACKAGES = ("slurmdbd", "mariadb-server")
 MARKER = ".hpc-gym-slurm"
 """Names a folder as made by us: only such a folder is ever emptied."""
-
-
-class ClusterError(Exception):
-    """The cluster could not be started or asked; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -87,22 +83,6 @@ def main(command: str) -> None:
         sys.exit(f"slurm: {error}")
 
 
-def why_not() -> str | None:
-    """The reason why no cluster can be started on this machine, or None."""
-    if os.geteuid() != 0:
-        return "a Slurm cluster in namespaces needs root"
-    if not _has(PACKAGES) and not shutil.which("apt-get"):
-        return f"the packages {' '.join(PACKAGES)} are missing, and there is no apt-get to install them with"
-    probe = subprocess.run(
-        "unshare --net --uts --mount --pid --ipc --fork --mount-proc sh -c "
-        "'ip link add hgprobe type bridge && ip link add hgprobe0 type veth peer name hgprobe1'",
-        shell=True, capture_output=True, text=True,
-    )  # fmt: skip
-    if probe.returncode != 0:
-        return f"namespaces, a bridge or a veth pair cannot be made here: {probe.stderr.strip()}"
-    return None
-
-
 class Cluster:
     """One cluster, alive or not, under `directory`; two with different directories live side by side."""
 
@@ -112,7 +92,9 @@ class Cluster:
     @property
     def env(self) -> dict[str, str]:
         """The environment in which Slurm's commands talk to this cluster."""
-        ours = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "SQUEUE_"))}
+        ours = {
+            name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "SQUEUE_"))
+        }
         return ours | {"SLURM_CONF": str(self.directory / "etc" / "slurm.conf")}
 
     @property
@@ -125,15 +107,15 @@ class Cluster:
         return [f"node{number}" for number in range(1, self._settings().nodes + 1)]
 
     def up(self, **changes: int | str) -> None:
-        """Start the cluster with these `Settings`, or whatever of it has died; `changes` count for a fresh start only."""
+        """Start the cluster with these `Settings`, or what of it has died; `changes` count for a fresh start only."""
         with self._lock():
             if self._init_pid("head") is not None:
                 self._start_what_is_missing()
                 return
             self._clear()
             settings = Settings(**changes)  # type: ignore[arg-type]
-            _install(PACKAGES + (ACCOUNTING_PACKAGES if settings.accounting else ()), self.directory / "log")
-            self._write_state(settings, _claim_network())
+            install(PACKAGES + (ACCOUNTING_PACKAGES if settings.accounting else ()), self.directory / "log")
+            self._write_state(settings, claim_network())
             try:
                 self._start_what_is_missing()
             except BaseException:
@@ -151,7 +133,9 @@ class Cluster:
 
     def on(self, node: str, *command: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         """Run a command on a node outside any job."""
-        return subprocess.run(self._inside(node, command), env=self.env, capture_output=True, text=True, timeout=timeout)
+        return subprocess.run(
+            self._inside(node, command), env=self.env, capture_output=True, text=True, timeout=timeout
+        )
 
     def crash(self, node: str) -> None:
         """A power cut: everything on the node dies at once. `up` brings the node back."""
@@ -175,14 +159,19 @@ class Cluster:
         return done.stdout
 
     def processes(self, node: str) -> dict[int, str]:
-        """What runs on a node besides Slurm itself and the node's first process: the machine's process ids, command lines."""
+        """What runs on a node besides Slurm and the node's first process: by the machine's process ids."""
         init, found = self._init_pid(node), {}
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 if (path / "ns" / "pid").readlink() == Path(f"/proc/{init}/ns/pid").readlink():
                     line = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
                     name = (path / "comm").read_text().strip()
-                    if line and int(path.name) != init and not name.startswith(("slurm", "epilog")) and line != "sleep 3600":
+                    if (
+                        line
+                        and int(path.name) != init
+                        and not name.startswith(("slurm", "epilog"))
+                        and line != "sleep 3600"
+                    ):
                         found[int(path.name)] = line
         return found
 
@@ -268,7 +257,9 @@ class Cluster:
     def _gres(self, settings: Settings) -> str:
         """gres.conf, and a device file per GPU: without one Slurm does not set CUDA_VISIBLE_DEVICES."""
         for number in range(settings.gpus):
-            subprocess.run(["mknod", "-m", "666", self.directory / "dev" / f"nvidia{number}", "c", "1", "3"], check=True)
+            subprocess.run(
+                ["mknod", "-m", "666", self.directory / "dev" / f"nvidia{number}", "c", "1", "3"], check=True
+            )
         return f"Name=gpu Type=h100 File={self.directory}/dev/nvidia[0-{settings.gpus - 1}]\n" if settings.gpus else ""
 
     def _clear(self) -> None:
@@ -276,12 +267,12 @@ class Cluster:
         pids = [pid for path in (self.directory / "run").glob("host.*") if (pid := self._init_pid(path.suffix[1:]))]
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
-        self._wait("the end of the nodes", 30, lambda: not any(_start_time(pid) for pid in pids))
+        self._wait("the end of the nodes", 30, lambda: not any(start_time(pid) for pid in pids))
         if (self.directory / "run" / "network").exists():
             bridge = f"hgs{self._network()}"
             subprocess.run(["ip", "link", "del", bridge], capture_output=True)
             if self._settings().hosts:
-                _write_hosts(bridge, "")
+                write_hosts(bridge, "")
         for folder in ("run", "spool", "mysql", "nodes", "munge", "etc", "bin", "dev"):
             shutil.rmtree(self.directory / folder, ignore_errors=True)
         (self.directory / "run").mkdir()
@@ -291,7 +282,7 @@ class Cluster:
     def _start_what_is_missing(self) -> None:
         settings = self._settings()
         if settings.hosts:
-            _write_hosts(f"hgs{self._network()}", (self.directory / "etc" / "hosts").read_text())
+            write_hosts(f"hgs{self._network()}", (self.directory / "etc" / "hosts").read_text())
         for name in ("head", *self.node_names):
             self._start_host(name)
         self._start_controller(settings)
@@ -305,7 +296,7 @@ class Cluster:
             pid, started = (self.directory / "run" / f"host.{host}").read_text().split()
         except FileNotFoundError:
             return None
-        return int(pid) if _start_time(int(pid)) == started else None
+        return int(pid) if start_time(int(pid)) == started else None
 
     def _start_host(self, name: str) -> None:
         if self._init_pid(name) is not None:
@@ -321,7 +312,7 @@ class Cluster:
             )  # fmt: skip
         self._wait(f"the namespaces of {name}", 10, (here / "ready").exists)
         pid = int(Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()[0])
-        (self.directory / "run" / f"host.{name}").write_text(f"{pid} {_start_time(pid)}")
+        (self.directory / "run" / f"host.{name}").write_text(f"{pid} {start_time(pid)}")
         bridge, veth = f"hgs{self._network()}", f"hgs{self._network()}-{name.removeprefix('node')}"
         subprocess.run(["ip", "link", "del", veth], capture_output=True)
         for line in (
@@ -339,7 +330,8 @@ class Cluster:
     def _start_controller(self, settings: Settings) -> None:
         run, munge = self.directory / "run", self.directory / "munge"
         self._start_daemon(
-            "head", "munged", "munged", f"--key-file={munge}/key", f"--socket={run}/munge.socket", f"--pid-file={run}/munged.pid",
+            "head", "munged", "munged", f"--key-file={munge}/key", f"--socket={run}/munge.socket",
+            f"--pid-file={run}/munged.pid",
             f"--log-file={self.directory}/log/munged.log", f"--seed-file={munge}/seed", "--num-threads=4", "--force",
         )  # fmt: skip
         self._wait("munged", 10, self._succeeds("munge", "-S", f"{run}/munge.socket", "-n"))
@@ -358,7 +350,9 @@ class Cluster:
             if made.returncode != 0:
                 raise ClusterError(f"could not make the accounting database: {made.stdout}{made.stderr}")
         self._start_daemon("head", "mariadbd", "mariadbd", defaults, wait=False)
-        self._wait("mariadbd", 30, self._succeeds("mariadb", "-S", f"{self.directory}/run/mysql.sock", "-e", "select 1"))
+        self._wait(
+            "mariadbd", 30, self._succeeds("mariadb", "-S", f"{self.directory}/run/mysql.sock", "-e", "select 1")
+        )
         fresh = not self._pids("head", "slurmdbd")
         self._start_daemon("head", "slurmdbd", "env", f"MYSQL_UNIX_PORT={self.directory}/run/mysql.sock", "slurmdbd")
         self._wait("slurmdbd", 30, self._succeeds("sacctmgr", "-n", "show", "cluster"))
@@ -373,7 +367,9 @@ class Cluster:
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         if wait and started.wait(30) != 0:
-            raise ClusterError(f"{' '.join(command)} on {host} ended with {started.returncode}; logs: {self.directory}/log")
+            raise ClusterError(
+                f"{' '.join(command)} on {host} ended with {started.returncode}; logs: {self.directory}/log"
+            )
 
     def _inside(self, host: str, command: Sequence[str]) -> list[str]:
         pid = self._init_pid(host)
@@ -390,7 +386,7 @@ class Cluster:
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 same = (path / "ns" / "pid").readlink() == Path(f"/proc/{init}/ns/pid").readlink()
-                if same and (path / "comm").read_text().strip() == name and _start_time(int(path.name)):
+                if same and (path / "comm").read_text().strip() == name and start_time(int(path.name)):
                     found.append(int(path.name))
         return found
 
@@ -411,74 +407,5 @@ class Cluster:
             time.sleep(0.05)
 
 
-def _start_time(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot; None when it is gone or a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] == "Z" else fields[19]
-
-
 def _fill(text: str, values: Mapping[str, object]) -> str:
     return re.sub(r"@([A-Z_]+)@", lambda match: str(values[match[1]]), text)
-
-
-def _claim_network() -> int:
-    """The number N of a free network 10.77.N.0/24, claimed by making its bridge hgsN."""
-    for number in range(100):
-        bridge = f"hgs{number}"
-        made = subprocess.run(["ip", "link", "add", bridge, "type", "bridge", "forward_delay", "0"], capture_output=True, text=True)
-        if made.returncode == 0:
-            subprocess.run(["ip", "addr", "add", f"10.77.{number}.1/24", "dev", bridge], check=True)
-            subprocess.run(["ip", "link", "set", bridge, "up"], check=True)
-            _let_through(bridge)
-            return number
-        if "File exists" not in made.stderr:
-            raise ClusterError(f"could not make a network bridge: {made.stderr.strip()}")
-    raise ClusterError("the bridges hgs0 to hgs99 are all taken")
-
-
-def _let_through(bridge: str) -> None:
-    """Where bridged packets pass through iptables (a machine with Docker), let ours pass."""
-    switch = Path("/proc/sys/net/bridge/bridge-nf-call-iptables")
-    if switch.exists() and switch.read_text().strip() == "1" and shutil.which("iptables"):
-        rule = ["FORWARD", "-i", bridge, "-o", bridge, "-j", "ACCEPT"]
-        if subprocess.run(["iptables", "-C", *rule], capture_output=True).returncode != 0:
-            subprocess.run(["iptables", "-I", *rule], capture_output=True)
-
-
-def _write_hosts(bridge: str, names: str) -> None:
-    """Put `names` into a marked block of /etc/hosts; an empty text takes the block out."""
-    path = Path("/etc/hosts")
-    rest = re.sub(rf"# begin {bridge}\n.*?# end {bridge}\n", "", path.read_text(), flags=re.DOTALL)
-    ours = "".join(line + "\n" for line in names.splitlines() if "localhost" not in line)
-    path.write_text(rest + (f"# begin {bridge}\n{ours}# end {bridge}\n" if ours else ""))
-
-
-def _has(packages: Sequence[str]) -> bool:
-    asked = subprocess.run(["dpkg-query", "-W", "-f", "${db:Status-Abbrev}\n", *packages], capture_output=True, text=True)
-    return asked.returncode == 0 and all(line.startswith("ii") for line in asked.stdout.split("\n") if line)
-
-
-def _install(packages: Sequence[str], log_dir: Path) -> None:
-    """Install what is missing, without starting the packages' own services."""
-    if not shutil.which("dpkg-query") or _has(packages):
-        return
-    policy = Path("/usr/sbin/policy-rc.d")
-    ours = not policy.exists()
-    if ours:
-        policy.write_text("#!/bin/sh\nexit 101\n")
-        policy.chmod(0o755)
-    install = f"apt-get install -y -q --no-install-recommends {' '.join(packages)}"
-    try:
-        with (log_dir / "apt.log").open("w") as log:
-            done = subprocess.run(
-                f"{install} || {{ apt-get update -q && {install}; }}", shell=True, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=log, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
-            )  # fmt: skip
-    finally:
-        if ours:
-            policy.unlink()
-    if done.returncode != 0:
-        raise ClusterError(f"could not install {' '.join(packages)}:\n{(log_dir / 'apt.log').read_text()[-2000:]}")
