@@ -1,0 +1,36 @@
+"""Where packages come from: uv's own settings, and pip's for what uv does not read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def index_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` with pip's index settings under uv's names, where uv's are not set, and with byte code allowed.
+
+    A site that has a mirror of PyPI names it in pip's variables; uv does not read them.
+    """
+    values = dict(environment)
+    for pip, uv in (("PIP_INDEX_URL", "UV_DEFAULT_INDEX"), ("PIP_EXTRA_INDEX_URL", "UV_INDEX")):
+        if pip in values:
+            values.setdefault(uv, values[pip])
+    values.pop("PYTHONDONTWRITEBYTECODE", None)
+    values.pop("VIRTUAL_ENV", None)
+    values.pop("PYTHONPATH", None)
+    return values
+
+
+def torch_arguments(torch: str) -> list[str]:
+    """uv's arguments for the source of PyTorch.
+
+    `$PIP_FIND_LINKS` goes first, as with pip. PyTorch's public index (`--torch-backend`) is asked where none of its
+    folders holds a torch wheel: uv would ask it even for a wheel that is at hand, and many clusters cannot reach it.
+    """
+    links = os.environ.get("PIP_FIND_LINKS", "").split()
+    arguments = [argument for link in links for argument in ("--find-links", link)]
+    at_hand = any("://" in link or any(Path(link).glob("torch-*.whl")) for link in links)
+    if torch and not at_hand:
+        arguments += ["--torch-backend", torch]
+    return arguments
