@@ -160,7 +160,7 @@ def link_servers(root: Path) -> None:
         for app in sorted(packages.glob(f"{kind}/*/app.py")):
             folder = root / "servers" / kind / app.parent.name
             folder.mkdir(parents=True)
-            (folder / ".venv").symlink_to("../../../..")
+            (folder / ".venv").symlink_to("../../..")
 
 
 def _add_metadata(packages: Path, name: str, version: str) -> None:
