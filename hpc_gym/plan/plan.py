@@ -204,6 +204,10 @@ class Training:
     weight_transfer: Literal["gloo", "nccl", "filesystem", "adapter"]
     """How weights travel. Whatever it says, vLLM is started with `--worker-extension-cls hpc_gym.weights.worker.WorkerExtension
     --weight-transfer-config '{"backend": "hpc_gym"}'`: the sender names the transport when it makes its group."""
+    checkpoint_every: int
+    """Steps between checkpoints; 0: none but at the end."""
+    checkpoints_kept: int
+    """How many of the newest are kept, at least 1."""
     wandb: Mapping[str, Any] | None
     """`project`, `entity`, `mode`, `run_id`, `name`; None: no W&B."""
     on_policy_tolerance: float
