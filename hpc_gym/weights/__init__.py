@@ -1,0 +1,1 @@
+"""How new weights get from the trainer into running vLLM replicas: wire format, the sender, and vLLM's side of it."""
