@@ -1,0 +1,127 @@
+"""`hpc-gym logs` against `tail`: reading 64 log files to the end, following them as they grow, and the memory for it.
+
+    python benchmarks/logs.py [--mb-per-file 8]
+
+Prints one table, side by side from one run, and appends it to benchmarks/RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from results import record
+
+from hpc_gym.protocol.log_lines import log_name, stamp
+
+FILES = 64
+START = 1_790_000_000.0
+TEXT = b"Avg prompt throughput: 1234.5 tokens/s, Avg generation throughput: 987.6 tokens/s, Running: 12 reqs\n"
+
+
+def make_run(folder: Path, megabytes: float) -> list[Path]:
+    """A run directory with one record and 64 logs whose lines interleave."""
+    log_dir = folder / "attempts" / "1" / "logs"
+    log_dir.mkdir(parents=True)
+    (folder / "attempts" / "latest").symlink_to("1")
+    job = {"job_id": "local-0", "kind": "local", "name": folder.name, "run_dir": str(folder), "experiment": "x"}
+    host = {"host": os.uname().nodename, "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip()}
+    process = {**host, "pid": os.getpid(), "started": int(Path("/proc/self/stat").read_text().split()[21])}
+    job |= {"cluster": "local", "nodes": 8, "submitted": time.time(), "process": process}
+    (folder / "job.json").write_text(json.dumps(job))
+    paths = []
+    count = int(megabytes * 1e6 / (len(TEXT) + 28))
+    for number in range(FILES):
+        path = log_dir / log_name("train", f"train-{number // 8}", f"rank-{number}")
+        path.write_bytes(b"".join(stamp(START + line + number / FILES) + TEXT for line in range(count)))
+        paths.append(path)
+    return paths
+
+
+def timed(command: list[str], sink: int) -> tuple[float, float]:
+    """(seconds, peak MiB) of a command with its output in `sink`."""
+    begin = time.monotonic()
+    pid = os.posix_spawn(command[0], command, os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, sink, 1)])
+    _, status, usage = os.wait4(pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command[:4])} ... failed")
+    return time.monotonic() - begin, usage.ru_maxrss / 1024
+
+
+def lag(command: list[str], paths: list[Path], writes: int = 100) -> list[float]:
+    """Seconds from the writing of a line to its coming out of a following command, over all files."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as follower:
+        assert follower.stdout is not None
+        came: dict[bytes, float] = {}
+        settled = threading.Event()
+
+        def read() -> None:
+            for line in follower.stdout or ():
+                if b"marker-" in line:
+                    came[line.split()[-1]] = time.monotonic()
+                    settled.set()
+
+        threading.Thread(target=read, daemon=True).start()
+        wrote: dict[bytes, float] = {}
+
+        def write(name: bytes, path: Path) -> None:
+            wrote[name] = time.monotonic()
+            with path.open("ab") as file:
+                file.write(stamp(time.time()) + name + b"\n")
+
+        # Until the first one comes out, the command is still reading what was there.
+        for attempt in range(600):
+            write(b"marker-first%d" % attempt, paths[0])
+            if settled.wait(0.2):
+                break
+        for number in range(writes):
+            write(b"marker-%d" % number, paths[number % FILES])
+            time.sleep(0.02)
+        time.sleep(1.5)
+        follower.terminate()
+    names = [b"marker-%d" % number for number in range(writes)]
+    return sorted(came.get(name, float("inf")) - wrote[name] for name in names)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mb-per-file", type=float, default=4)
+    arguments = parser.parse_args()
+    ours = [sys.executable, "-m", "hpc_gym.cli.main", "logs"]
+    with tempfile.TemporaryDirectory() as parent, Path(os.devnull).open("wb") as sink:
+        small, large = Path(parent) / "small", Path(parent) / "large"
+        few = make_run(small, arguments.mb_per_file / 8)
+        paths = make_run(large, arguments.mb_per_file)
+        total = sum(path.stat().st_size for path in paths) / 1e6
+        names = [str(path) for path in paths]
+        rows = []
+        for title, command in [
+            ("hpc-gym logs (merged by time)", [*ours, str(large)]),
+            ("tail -n +1 -q (file after file)", ["/usr/bin/tail", "-q", "-n", "+1", *names]),
+            ("sort -m -k1,1 (merged, no prefixes)", ["/usr/bin/sort", "-m", "-k1,1", *names]),
+        ]:
+            seconds, memory = timed(command, sink.fileno())
+            rows.append([title, f"{seconds:.2f} s", f"{total / seconds:.0f} MB/s", f"{memory:.0f} MiB"])
+        _, memory_of_eighth = timed([*ours, str(small)], sink.fileno())
+        follow_ours = lag([*ours, "--follow", str(small)], few)
+        follow_tail = lag(["/usr/bin/tail", "-F", *map(str, few)], few)
+    lines = [f"{FILES} files, {total:.0f} MB. Peak memory with an eighth of that: {memory_of_eighth:.0f} MiB.", ""]
+    lines += ["| reading all | time | rate | peak memory |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    lines += ["", "| lag of a followed line | median | largest of 100 |", "|---|---|---|"]
+    for title, lags in [("hpc-gym logs --follow", follow_ours), ("tail -F", follow_tail)]:
+        lines.append(f"| {title} | {lags[len(lags) // 2]:.2f} s | {lags[-1]:.2f} s |")
+    record("Logs", "\n".join(lines))
+
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    main()

@@ -1,0 +1,106 @@
+"""The logs of a job as a person reads them: merged in time order, each line with its role, node and process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from hpc_gym.jobs.log_errors import error_blocks
+from hpc_gym.jobs.log_files import LogFile, Selection, attempts, log_files
+from hpc_gym.jobs.log_merge import Batch, follow, merge
+from hpc_gym.protocol.attempt import Failure, Outcome
+from hpc_gym.protocol.log_lines import STAMP_LENGTH
+
+_COLOURS = {"rollout": 36, "train": 32, "judge": 35, "environment": 33}
+_TO_MILLISECONDS = 23
+
+
+class Printer:
+    """Turns batches into the bytes to be shown: `ROLE NODE PROCESS TIME TEXT` lines, the time in UTC to milliseconds.
+
+    Between attempts stands a line that says so.
+    """
+
+    def __init__(self, color: bool) -> None:
+        self._color = color
+        self._attempt: int | None = None
+        self._prefixes: dict[str, bytes] = {}
+        self._width = 0
+
+    def text(self, batch: Batch) -> bytes:
+        file, lines = batch
+        heading = b""
+        if file.attempt != self._attempt:
+            heading = b"" if self._attempt is None and file.attempt == 1 else b"-- attempt %d --\n" % file.attempt
+            self._attempt = file.attempt
+        prefix = self._prefixes.get(file.path) or self._prefix(file)
+        shown = [
+            prefix + line[:_TO_MILLISECONDS] + line[STAMP_LENGTH:] + b"\n"
+            if line[STAMP_LENGTH - 1 : STAMP_LENGTH + 1] == b"Z "
+            else prefix + line + b"\n"
+            for line in lines
+        ]
+        return heading + b"".join(shown)
+
+    def _prefix(self, file: LogFile) -> bytes:
+        name = f"{file.role} {file.node} {file.process}"
+        self._width = max(self._width, len(name))
+        padded = f"{name:<{self._width}} ".encode()
+        if self._color:
+            padded = b"\x1b[%dm%s\x1b[0m" % (_COLOURS.get(file.role, 37), padded)
+        self._prefixes[file.path] = padded
+        return padded
+
+
+def logs(
+    run_dir: Path,
+    selection: Selection | None = None,
+    *,
+    ended: Callable[[], bool] | None = None,
+    color: bool = False,
+) -> Iterator[bytes]:
+    """The merged logs in pieces of whole lines. With `ended`, also what is written until it says true."""
+    selection = selection or Selection()
+    printer = Printer(color)
+    if ended is None:
+        batches: Iterable[Batch] = merge(log_files(run_dir, selection))
+    else:
+        batches = follow(lambda: log_files(run_dir, selection), ended)
+    for batch in batches:
+        yield printer.text(batch)
+    if (line := last_line(run_dir)) is not None:
+        yield line.encode() + b"\n"
+
+
+def errors(run_dir: Path, selection: Selection | None = None, color: bool = False) -> Iterator[bytes]:
+    """The errors in the logs: per attempt first those of the process that it failed by, then the others in time order.
+
+    At the end stands the sentence that says how the job ended.
+    """
+    selection = selection or Selection()
+    printer = Printer(color)
+    for attempt in attempts(run_dir):
+        if selection.attempt not in (None, attempt):
+            continue
+        files = list(log_files(run_dir, Selection(selection.role, selection.node, selection.process, attempt)))
+        outcome = Outcome.read(run_dir / "attempts" / str(attempt))
+        cause = outcome.failure if outcome else None
+        first = [file for file in files if cause is not None and _is_of(file, cause)]
+        others = [file for file in files if file not in first]
+        for title, group in (("first cause", first), ("others", others)):
+            for number, block in enumerate(error_blocks(merge(group))):
+                if first and number == 0:
+                    yield f"== attempt {attempt}, {title} ==\n".encode()
+                yield printer.text((block.file, block.lines)) + b"\n"
+    if (line := last_line(run_dir)) is not None:
+        yield line.encode() + b"\n"
+
+
+def _is_of(file: LogFile, failure: Failure) -> bool:
+    return (file.role, file.node, file.process) == (failure.role, failure.node, failure.process)
+
+
+def last_line(run_dir: Path) -> str | None:
+    """The sentence that says how the last attempt ended; None while it has not."""
+    outcome = Outcome.read(run_dir / "attempts" / "latest")
+    return outcome.sentence() if outcome else None

@@ -1,0 +1,144 @@
+"""Which jobs exist: one small file `job.json` per run directory, and the folders where run directories are.
+
+No daemon and no database: `hpc-gym list` reads one small file per run. A JOB is named by its job id, its run name, its
+run directory, or `latest`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from hpc_gym.errors import UserError
+
+RECORD = "job.json"
+
+
+@dataclass(frozen=True)
+class ProcessIdentity:
+    """A process that is told apart from any other that ever has its id, also after a reboot and on another host."""
+
+    host: str
+    boot: str
+    """Identity of this life of the host's kernel."""
+    pid: int
+    started: int
+    """Start time in clock ticks since boot (field 22 of /proc/PID/stat)."""
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """What is known of a job when it has been submitted; written once, never changed."""
+
+    job_id: str
+    kind: Literal["local", "slurm"]
+    name: str
+    run_dir: str
+    experiment: str
+    cluster: str
+    nodes: int
+    submitted: float
+    """Seconds since the epoch."""
+    process: ProcessIdentity | None = None
+    """The process of a local job's script."""
+
+    def write(self) -> None:
+        """Writes `job.json` so that a reader sees all of it or nothing."""
+        path = Path(self.run_dir) / RECORD
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        temporary.rename(path)
+
+    @classmethod
+    def read(cls, run_dir: str | Path) -> JobRecord:
+        """The record of a run directory, which may have been moved or copied since.
+
+        Raises FileNotFoundError when it holds none, ValueError when the file is not one.
+        """
+        data = json.loads((Path(run_dir) / RECORD).read_bytes())
+        try:
+            process = data.pop("process")
+            data["run_dir"] = str(Path(run_dir).resolve())
+            return cls(**data, process=ProcessIdentity(**process) if process else None)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{run_dir}/{RECORD} is no job record of this hpc-gym: {error}") from None
+
+
+def runs_folders() -> list[Path]:
+    """The folders that hold run directories: of `HPC_GYM_RUNS` (separated by `:`), `runs` here, and every one that a
+    job of this user was ever submitted to.
+    """
+    folders = [Path(part) for part in os.environ.get("HPC_GYM_RUNS", "").split(os.pathsep) if part]
+    folders.append(Path("runs"))
+    with contextlib.suppress(OSError):
+        folders += [Path(line) for line in _registry().read_text().splitlines() if line]
+    return list(dict.fromkeys(folder.resolve() for folder in folders if folder.is_dir()))
+
+
+def remember_runs_folder(folder: Path) -> None:
+    """Notes a folder of run directories for later commands, whatever directory they are called from."""
+    registry = _registry()
+    with contextlib.suppress(OSError):
+        known = registry.read_text().splitlines() if registry.exists() else []
+        if str(folder.resolve()) in known:
+            return
+        registry.parent.mkdir(parents=True, exist_ok=True)
+        with registry.open("a") as file:
+            file.write(f"{folder.resolve()}\n")
+
+
+def _registry() -> Path:
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(state).expanduser() / "hpc-gym" / "runs"
+
+
+def all_records(folders: Iterable[Path] | None = None) -> list[JobRecord]:
+    """The records of all runs, newest first."""
+    records = [record for folder in (runs_folders() if folders is None else folders) for record in _records(folder)]
+    return sorted(records, key=lambda record: record.submitted, reverse=True)
+
+
+def _records(folder: Path) -> Iterator[JobRecord]:
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            with contextlib.suppress(OSError, ValueError):
+                yield JobRecord.read(entry.path)
+
+
+def find(job: str = "latest") -> JobRecord:
+    """The record of the job that `job` names. Raises UserError, with the nearest names, when there is none."""
+    if os.sep in job or job in (".", ".."):
+        try:
+            return JobRecord.read(job)
+        except OSError:
+            raise UserError(f"'{job}' is no run directory: it has no {RECORD}. See `hpc-gym list`.") from None
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    records = all_records()
+    for record in records:
+        if job == "latest" or job in (record.job_id, record.name):
+            return record
+    with contextlib.suppress(OSError, ValueError):
+        return JobRecord.read(job)
+    raise UserError(_unknown(job, records))
+
+
+def _unknown(job: str, records: list[JobRecord]) -> str:
+    searched = ", ".join(str(folder) for folder in runs_folders()) or "no folder: none has run directories yet"
+    if not records:
+        return f"there is no job '{job}': no run was found (searched: {searched}). `hpc-gym submit` makes one."
+    names = [record.name for record in records] + [record.job_id for record in records]
+    near = difflib.get_close_matches(job, names, n=3) or [records[0].name]
+    return (
+        f"there is no job '{job}'. Nearest: {', '.join(near)}. "
+        "JOB is a job id, a run name, a run directory or 'latest'; "
+        f"`hpc-gym list` shows all (searched: {searched})."
+    )

@@ -1,0 +1,157 @@
+"""Makes run directories and starts jobs: all of it happens, or nothing is left behind.
+
+A run directory is filled under a hidden name beside its place and renamed into it, so that nobody sees half of one and
+two submits of one name cannot both succeed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc_gym.errors import UserError
+from hpc_gym.jobs import local, slurm
+from hpc_gym.jobs.manifest import manifest
+from hpc_gym.jobs.records import JobRecord, remember_runs_folder
+from hpc_gym.jobs.rendering import render
+from hpc_gym.jobs.snapshot import snapshot
+from hpc_gym.plan.plan import Plan
+
+SECRETS = "environment.json"
+"""In `secrets/`: the secret environment variables by name, taken over into every attempt's secrets file."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A Plan to be submitted, and what is kept beside it for the reader."""
+
+    plan: Plan
+    experiment: str
+    """What the user named: a file or the name of a shipped experiment."""
+    resolved: str
+    """The resolved experiment as YAML."""
+    cluster: str
+    argv: tuple[str, ...] = ()
+
+
+def submit_request(request: Request, dump: Callable[[Path], None]) -> JobRecord:
+    """Makes the run directory and starts its job. `dump(path)` writes the submission that submitit runs on every node.
+
+    Raises UserError when the run name is taken, or the scheduler refuses; then nothing is left behind.
+    """
+    plan = request.plan
+    run_dir = Path(plan.run_dir)
+    refuse_existing(plan)
+    job_id = local.new_job_id() if plan.launch.kind == "local" else ""
+    _make_run_directory(request, dump, job_id)
+    try:
+        process = None
+        if plan.launch.kind == "local":
+            process = local.start(run_dir, job_id)
+        else:
+            job_id = slurm.submit(run_dir)
+            (run_dir / "submitit" / f"{job_id}_submitted.pkl").symlink_to("submitted.pkl")
+        record = JobRecord(
+            job_id=job_id,
+            kind=plan.launch.kind,
+            name=plan.name,
+            run_dir=str(run_dir),
+            experiment=request.experiment,
+            cluster=request.cluster,
+            nodes=len(plan.nodes),
+            submitted=time.time(),
+            process=process,
+        )
+        record.write()
+    except BaseException:
+        # The scheduler's refusal, or Ctrl-C just now.
+        _undo(run_dir, plan, job_id)
+        raise
+    remember_runs_folder(run_dir.parent)
+    return record
+
+
+def refuse_existing(plan: Plan) -> None:
+    """Raises UserError when the run directory of `plan` exists."""
+    if Path(plan.run_dir).exists():
+        raise UserError(
+            f"the run '{plan.name}' exists: {plan.run_dir}. Choose another name (name=... on the command line), "
+            "or remove that directory when nothing in it is wanted."
+        )
+
+
+def _make_run_directory(request: Request, dump: Callable[[Path], None], job_id: str) -> None:
+    plan, run_dir = request.plan, Path(request.plan.run_dir)
+    staging: Path | None = None
+    try:
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{run_dir.name}.", dir=run_dir.parent))
+        _fill(staging, request)
+        dump(staging / "submitit" / "submitted.pkl")
+        if job_id:
+            (staging / "submitit" / f"{job_id}_submitted.pkl").symlink_to("submitted.pkl")
+        # mkdtemp makes it private; colleagues read each other's runs as the umask allows.
+        staging.chmod(0o777 & ~_umask())
+        staging.rename(run_dir)
+    except OSError as error:
+        _remove(staging)
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            refuse_existing(plan)
+        raise UserError(
+            f"the run directory {run_dir} cannot be made: {error.strerror or error} ({error.filename or run_dir}). "
+            "Choose another place with run_dir=... or make room there."
+        ) from error
+    except BaseException:
+        _remove(staging)
+        raise
+
+
+def _fill(folder: Path, request: Request) -> None:
+    """Writes everything a job needs below `folder`."""
+    plan = request.plan
+    (folder / "experiment.yaml").write_text(request.resolved)
+    (folder / "plan.json").write_text(plan.to_json())
+    script = folder / "job.sh"
+    script.write_text(render(plan))
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    (folder / "submitit").mkdir()
+    source = snapshot(folder / "code")
+    (folder / "manifest.json").write_text(manifest(plan, request.argv, source))
+    _write_secrets(folder / "secrets", plan)
+
+
+def _write_secrets(folder: Path, plan: Plan) -> None:
+    """The values of the secret environment variables that are set here, mode 0600 in a 0700 folder."""
+    folder.mkdir(mode=0o700)
+    values = {name: os.environ[name] for name in plan.secrets if name in os.environ}
+    descriptor = os.open(folder / SECRETS, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(values, file)
+
+
+def _undo(run_dir: Path, plan: Plan, job_id: str) -> None:
+    record = JobRecord(job_id, plan.launch.kind, plan.name, str(run_dir), "", "", len(plan.nodes), 0.0)
+    if plan.launch.kind == "local":
+        local.kill(record)
+    elif job_id:
+        slurm.cancel(record, kill=True)
+    _remove(run_dir)
+
+
+def _remove(folder: Path | None) -> None:
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    current = os.umask(0o077)
+    os.umask(current)
+    return current
