@@ -25,7 +25,9 @@ NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 
 class WeightTransferError(RuntimeError):
-    """Weights did not arrive everywhere; the text says where and why. The next `send` makes a new group and sends all again."""
+    """Weights did not arrive everywhere; the text says where and why. The next `send` makes a new group and sends
+    all again.
+    """
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,9 @@ class _Server:
 class WeightSender:
     """Sends whole sets of weights to every replica.
 
-    `address` is this machine's, as the rollout nodes reach it; `folder` is on storage shared with them (used by `filesystem` only).
-    At most two buckets of `bucket_bytes` are held at a time. Every wait ends after `timeout_s`; a rollout server that fails meanwhile
-    ends the wait with its own cause.
+    `address` is this machine's, as the rollout nodes reach it; `folder` is on storage shared with them (used by
+    `filesystem` only). At most two buckets of `bucket_bytes` are held at a time. Every wait ends after `timeout_s`; a
+    rollout server that fails meanwhile ends the wait with its own cause.
     """
 
     def __init__(
@@ -69,8 +71,8 @@ class WeightSender:
     def send(self, specs: Sequence[TensorSpec], tensors: NamedTensors, version: int) -> None:
         """Lets every replica generate with these weights from now on, under the number `version`.
 
-        `tensors` yields what `specs` announces, in that order; a tensor is used only until the next one is asked for, so that an
-        iterator may gather one ZeRO-3 shard after the other. Raises WeightTransferError.
+        `tensors` yields what `specs` announces, in that order; a tensor is used only until the next one is asked for,
+        so that an iterator may gather one ZeRO-3 shard after the other. Raises WeightTransferError.
         """
         try:
             self._form_group()
@@ -151,7 +153,9 @@ class WeightSender:
             for server in self._members
         ]
 
-    def _send_buckets(self, specs: Sequence[TensorSpec], tensors: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
+    def _send_buckets(
+        self, specs: Sequence[TensorSpec], tensors: Iterator[tuple[str, torch.Tensor]], version: int
+    ) -> None:
         assert self._group is not None
         group = self._group
         receiving = self._announce(version, {"tensors": [spec.to_wire() for spec in specs]})
@@ -171,7 +175,9 @@ class WeightSender:
             group.wait(under_way[0], check)
         self._wait_all(receiving, f"weights {version} were sent, but not loaded")
 
-    def _send_folder(self, specs: Sequence[TensorSpec], tensors: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
+    def _send_folder(
+        self, specs: Sequence[TensorSpec], tensors: Iterator[tuple[str, torch.Tensor]], version: int
+    ) -> None:
         from safetensors.torch import save_file
 
         folder, partial = self._folder / f"version-{version}", self._folder / f"version-{version}.partial"
@@ -180,7 +186,9 @@ class WeightSender:
         partial.mkdir(parents=True)
         for number, bucket in enumerate(buckets(specs, self._bucket_bytes)):
             named = zip((spec.name for spec in bucket), _checked(bucket, tensors), strict=True)
-            save_file({name: tensor.detach().cpu().clone() for name, tensor in named}, partial / f"{number:05}.safetensors")
+            save_file(
+                {name: tensor.detach().cpu().clone() for name, tensor in named}, partial / f"{number:05}.safetensors"
+            )
         partial.rename(folder)
         self._wait_all(self._announce(version, {"folder": str(folder)}), f"weights {version} were not loaded")
         for other in self._folder.glob("version-*"):
@@ -212,7 +220,9 @@ def _checked(bucket: Sequence[TensorSpec], tensors: Iterator[tuple[str, torch.Te
 
 
 def _in_thread(work: Callable[[], Result]) -> Future[Result]:
-    """Runs `work` in a daemon thread: unlike an executor's, it cannot keep the process from ending while it waits for a peer."""
+    """Runs `work` in a daemon thread: unlike an executor's, it cannot keep the process from ending while it waits
+    for a peer.
+    """
     future: Future[Result] = Future()
 
     def run() -> None:

@@ -1,7 +1,7 @@
 """What trainer and vLLM workers must agree on to move weights: buckets of packed tensors, and a private process group.
 
-Needs torch and the standard library only, because it runs in the train and in the inference runtime. Both sides derive the
-buckets from the same list of tensors, so nothing but bytes crosses the wire.
+Needs torch and the standard library only, because it runs in the train and in the inference runtime. Both sides derive
+the buckets from the same list of tensors, so nothing but bytes crosses the wire.
 """
 
 from __future__ import annotations
@@ -134,12 +134,14 @@ def listening_store(address: str, timeout_s: float) -> dist.TCPStore:
 class TransferGroup:
     """A process group of the sender (rank 0) and all vLLM workers, apart from any group they have among themselves.
 
-    `store` is the sender's `listening_store`, or a client's connection to it. Constructing it blocks until all members have
-    joined. gloo binds the address that this side reaches the store from, or the interface named by `GLOO_SOCKET_IFNAME`:
-    binding the sender's address, as a shared host name would, only works on one node.
+    `store` is the sender's `listening_store`, or a client's connection to it. Constructing it blocks until all members
+    have joined. gloo binds the address that this side reaches the store from, or the interface named by
+    `GLOO_SOCKET_IFNAME`: binding the sender's address, as a shared host name would, only works on one node.
     """
 
-    def __init__(self, transport: Transport, store: dist.TCPStore, rank: int, world_size: int, timeout_s: float) -> None:
+    def __init__(
+        self, transport: Transport, store: dist.TCPStore, rank: int, world_size: int, timeout_s: float
+    ) -> None:
         self.timeout_s = timeout_s
         self._device = torch.device("cpu")
         prefix = dist.PrefixStore("weights", store)
@@ -176,8 +178,8 @@ class TransferGroup:
     def wait(self, work: dist.Work, check: Callable[[], None] | None = None) -> None:
         """Returns when the broadcast is done.
 
-        `check` is called all the while and may raise, for instance because a peer reported that it failed: a broadcast to it would
-        never end. Raises TransferTimeout after the group's timeout.
+        `check` is called all the while and may raise, for instance because a peer reported that it failed: a broadcast
+        to it would never end. Raises TransferTimeout after the group's timeout.
         """
         end = time.monotonic() + self.timeout_s
         while not work.is_completed():
@@ -197,9 +199,7 @@ def join_group(
     transport: Transport, address: str, port: int, rank: int, world_size: int, timeout_s: float
 ) -> TransferGroup:
     """Joins the group of the sender whose store listens at `address:port`, as one of its workers."""
-    store = dist.TCPStore(
-        address, port, is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
-    )
+    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
     return TransferGroup(transport, store, rank, world_size, timeout_s)
 
 

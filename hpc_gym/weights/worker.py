@@ -1,8 +1,9 @@
-"""vLLM's side of a weight transfer: an engine for vLLM's weight-transfer factory, and the worker extension that registers it.
+"""vLLM's side of a weight transfer: an engine for vLLM's weight-transfer factory, and the worker extension that
+registers it.
 
-`vllm serve MODEL --worker-extension-cls hpc_gym.weights.worker.WorkerExtension --weight-transfer-config '{"backend": "hpc_gym"}'`
-(with `VLLM_SERVER_DEV_MODE=1`). vLLM imports the extension's module in each worker before it creates the engine, so that
-registering at import is enough. Written against vLLM 0.32; runs in the inference runtime only.
+`vllm serve MODEL --worker-extension-cls hpc_gym.weights.worker.WorkerExtension --weight-transfer-config '{"backend":
+"hpc_gym"}'` (with `VLLM_SERVER_DEV_MODE=1`). vLLM imports the extension's module in each worker before it creates the
+engine, so that registering at import is enough. Written against vLLM 0.32; runs in the inference runtime only.
 """
 
 from __future__ import annotations
@@ -125,10 +126,10 @@ class Engine(WeightTransferEngine[InitInfo, UpdateInfo]):
 def repack_tied_lm_heads(model: torch.nn.Module) -> None:
     """Gives every LM head on CPU the weights of the embedding it is tied to.
 
-    vLLM 0.32 prepacks an LM head's weights on CPU (`vocab_parallel_embedding.py`, `dispatch_cpu_unquantized_gemm`). A tied
-    head receives no tensor of its own in a reload, so that `reload/layerwise.py` only puts its old tensors back ("ParallelLMHead:
-    Failed to load weights" in the log), and the packed copy keeps generating with the old weights: log-probabilities were off
-    by up to 3.9. Once per update and cheap. On GPUs the head reads the embedding itself.
+    vLLM 0.32 prepacks an LM head's weights on CPU (`vocab_parallel_embedding.py`, `dispatch_cpu_unquantized_gemm`). A
+    tied head receives no tensor of its own in a reload, so that `reload/layerwise.py` only puts its old tensors back
+    ("ParallelLMHead: Failed to load weights" in the log), and the packed copy keeps generating with the old weights:
+    log-probabilities were off by up to 3.9. Once per update and cheap. On GPUs the head reads the embedding itself.
     """
     if not current_platform.is_cpu():
         return

@@ -1,0 +1,106 @@
+"""Which checkpoints of a run are whole, and which are resumed from, kept and removed.
+
+`RUN_DIR/checkpoints/checkpoint-STEP/` is written by all ranks, as transformers and DeepSpeed do; it counts once it
+holds `complete.json`, which rank 0 writes after every rank has finished. A folder without it was torn by whatever ended
+the attempt: it is never resumed from and is removed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+MARKER = "complete.json"
+_FOLDER = re.compile(r"checkpoint-(\d+)")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be resumed from; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint after `step` steps, written by `world_size` ranks. `draws`: rows drawn until then."""
+
+    path: Path
+    step: int
+    world_size: int
+    draws: int
+
+
+class Checkpoints:
+    """The checkpoints in one folder."""
+
+    def __init__(self, folder: Path, kept: int) -> None:
+        self.folder = folder
+        self._kept = kept
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of that step is, or belongs."""
+        return self.folder / f"checkpoint-{step}"
+
+    def complete(self) -> list[Checkpoint]:
+        """All whole checkpoints, the newest last."""
+        found = [checkpoint for path in self._folders() if (checkpoint := _read(path)) is not None]
+        return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+    def last(self, world_size: int) -> Checkpoint | None:
+        """The newest whole checkpoint; None when the run starts from the beginning.
+
+        Raises CheckpointError when another number of ranks wrote it: DeepSpeed keeps one part of the optimizer per
+        rank.
+        """
+        found = self.complete()
+        if not found:
+            return None
+        if found[-1].world_size != world_size:
+            raise CheckpointError(
+                f"{found[-1].path} was written by {found[-1].world_size} ranks and cannot be resumed by {world_size}: "
+                "resume with the same number of training processes"
+            )
+        return found[-1]
+
+    def is_complete(self, step: int) -> bool:
+        return _read(self.path(step)) is not None
+
+    def remove_torn(self) -> None:
+        """Removes what an earlier attempt did not finish."""
+        for path in self._folders():
+            if _read(path) is None:
+                shutil.rmtree(path)
+
+    def mark_complete(self, step: int, world_size: int, draws: int) -> None:
+        """Says that all ranks have written the checkpoint of that step: durable, and in one step."""
+        path = self.path(step)
+        checkpoint = Checkpoint(path, step, world_size, draws)
+        temporary = path / f".{MARKER}"
+        with temporary.open("w") as file:
+            json.dump({name: value for name, value in asdict(checkpoint).items() if name != "path"}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path / MARKER)
+
+    def prune(self) -> None:
+        """Removes all but the newest whole checkpoints. The marker goes first, so that no half-removed folder
+        counts.
+        """
+        for checkpoint in self.complete()[: -self._kept]:
+            (checkpoint.path / MARKER).unlink()
+            shutil.rmtree(checkpoint.path)
+
+    def _folders(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        return [path for path in self.folder.iterdir() if _FOLDER.fullmatch(path.name)]
+
+
+def _read(path: Path) -> Checkpoint | None:
+    try:
+        facts = json.loads((path / MARKER).read_text())
+        return Checkpoint(path, int(facts["step"]), int(facts["world_size"]), int(facts["draws"]))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None

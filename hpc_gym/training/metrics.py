@@ -1,0 +1,151 @@
+"""A run's numbers: `metrics.jsonl` and `evaluations.jsonl` in the run directory, and Weights & Biases where it is
+wanted.
+
+The files are append-only and every line carries the attempt: after a resume, steps after the checkpoint come again, and
+a reader takes the last line of a step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hpc_gym.plan.plan import Plan
+
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+WANDB_CLOSE_S = 20.0
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Appends one JSON line. Numbers that are not finite have no JSON and are left out.
+
+    Begins on a fresh line when the file's last one was cut off by the end of an earlier attempt.
+    """
+    kept = {key: value for key, value in record.items() if not (isinstance(value, float) and not math.isfinite(value))}
+    line = json.dumps(kept, allow_nan=False).encode() + b"\n"
+    with path.open("a+b", buffering=0) as file:
+        end = file.seek(0, 2)
+        if end:
+            file.seek(end - 1)
+            if file.read(1) != b"\n":
+                line = b"\n" + line
+        file.write(line)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole JSON objects of the file, in order; a line that was cut off is passed over."""
+    found = []
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found
+
+
+class Recorder:
+    """Writes what rank 0 measured. The other ranks have none."""
+
+    def __init__(self, plan: Plan, attempt: int) -> None:
+        self._run_dir = Path(plan.run_dir)
+        self._attempt = attempt
+        self._max_steps = int(plan.training.grpo["max_steps"])
+        self._wandb = WandbRun(plan, attempt) if plan.training.wandb else None
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One training step."""
+        record = {"attempt": self._attempt, "step": step, "max_steps": self._max_steps, "time": time.time(), **metrics}
+        append_line(self._run_dir / METRICS, record)
+        if self._wandb is not None:
+            self._wandb.log({f"train/{name}": value for name, value in metrics.items()}, step)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """One evaluation: `step`, `when`, and `rewards` per environment, one per row, None where every rollout
+        failed.
+        """
+        append_line(self._run_dir / EVALUATIONS, {"attempt": self._attempt, "time": time.time(), **record})
+        if self._wandb is not None:
+            means = {}
+            for environment, rewards in record["rewards"].items():
+                known = [reward for reward in rewards if reward is not None]
+                if known:
+                    means[f"eval/reward/{environment}"] = sum(known) / len(known)
+            self._wandb.log(means, int(record["step"]))
+
+    def evaluated(self, step: int, when: str) -> bool:
+        """Whether an earlier attempt has done that evaluation."""
+        records = read_lines(self._run_dir / EVALUATIONS)
+        return any(record.get("step") == step and record.get("when") == when for record in records)
+
+    def close(self, exit_code: int) -> None:
+        if self._wandb is not None:
+            self._wandb.close(exit_code)
+
+
+class WandbRun:
+    """The run at Weights & Biases. All attempts of a run share its id, so that they continue one curve."""
+
+    def __init__(self, plan: Plan, attempt: int) -> None:
+        import wandb
+
+        settings = dict(plan.training.wandb or {})
+        online = settings.get("mode", "offline") == "online"
+        folder = Path(plan.run_dir) / "wandb"
+        folder.mkdir(exist_ok=True)
+        self._run = wandb.init(
+            project=settings.get("project"),
+            entity=settings.get("entity"),
+            name=settings.get("name") or plan.name,
+            group=settings.get("group"),
+            tags=settings.get("tags"),
+            id=settings.get("run_id"),
+            mode="online" if online else "offline",
+            # wandb 0.31 ignores `resume` offline (wandb_init.py): there the shared id alone joins the attempts.
+            resume="allow" if online else None,
+            dir=str(folder),
+            config=_public_config(plan),
+            settings=wandb.Settings(
+                silent=True, console="off", x_disable_stats=True, save_code=False, disable_git=True
+            ),
+        )
+        self._run.define_metric("*", step_metric="step")
+        self._attempt = attempt
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        # With a metric of our own as step: W&B drops what it gets for a step of its counter that has passed, and after
+        # a resume, steps come again.
+        self._run.log({"step": step, "attempt": self._attempt, **metrics})
+
+    def close(self, exit_code: int) -> None:
+        """Ends the run; gives up after a while, since a network that is gone must not keep the job's nodes."""
+        closing = threading.Thread(target=self._run.finish, args=(exit_code,), daemon=True)
+        closing.start()
+        closing.join(WANDB_CLOSE_S)
+
+
+def _public_config(plan: Plan) -> dict[str, Any]:
+    """What a reader of the curves wants to know; no environment variables, since secrets travel in them."""
+    training = plan.training
+    return {
+        "model": training.model,
+        "grpo": dict(training.grpo),
+        "deepspeed": dict(training.deepspeed),
+        "prompts_per_step": training.prompts_per_step,
+        "world_size": training.world_size,
+        "max_staleness": training.max_staleness,
+        "seed": plan.seed,
+        "environments": [environment.name for environment in plan.environments],
+        "nodes": {node.name: [process.name for process in node.processes] for node in plan.nodes},
+    }

@@ -1,0 +1,94 @@
+"""What the ranks tell one another besides gradients: small facts on the CPU, in a gloo group of their own."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from hpc_gym.protocol.notify import notify
+
+Value = TypeVar("Value")
+
+WATCHDOG_S = 2.0
+POLL_S = 0.001
+
+
+class Ranks:
+    """The ranks of the training run, which call every method together and in the same order.
+
+    One rank may be in a long rollout while the others wait here: waiting says `WATCHDOG=1`, and a rank that died ends
+    the wait at once because its connections close. `timeout_s` is only the last resort, so it may be long.
+    """
+
+    def __init__(self, timeout_s: float = 6 * 3600.0) -> None:
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return self.maximum([float(flag)])[0] > 0
+
+    def maximum(self, numbers: Sequence[float]) -> list[float]:
+        """The largest of each number over all ranks."""
+        return self._reduce(numbers, dist.ReduceOp.MAX)
+
+    def total(self, numbers: Sequence[float]) -> list[float]:
+        """The sum of each number over all ranks."""
+        return self._reduce(numbers, dist.ReduceOp.SUM)
+
+    def from_first(self, value: Value) -> Value:
+        """The value that rank 0 passed."""
+        self.barrier()  # with the watchdog, which the broadcast of objects has not
+        found = [value]
+        dist.broadcast_object_list(found, src=0, group=self._group)
+        return found[0]
+
+    def barrier(self) -> None:
+        """Returns when all ranks are here."""
+        self.maximum([0.0])
+
+    def _reduce(self, numbers: Sequence[float], operation: Any) -> list[float]:
+        tensor = torch.tensor(numbers, dtype=torch.float64)
+        work = dist.all_reduce(tensor, op=operation, group=self._group, async_op=True)
+        said = time.monotonic()
+        while not work.is_completed():
+            if time.monotonic() - said > WATCHDOG_S:
+                notify(WATCHDOG=1)
+                said = time.monotonic()
+            time.sleep(POLL_S)
+        work.wait()
+        reduced: list[float] = tensor.tolist()
+        return reduced
+
+
+def start_distributed(timeout_s: float) -> bool:
+    """Connects the ranks named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; True where they train on GPUs.
+
+    On CPUs DeepSpeed runs on plain gloo: its shared-memory collectives would need a C++ compiler on the node and
+    compile for 40 s. It must be initialised before TRL's configuration is built, because `use_cpu` makes transformers
+    skip that, and ZeRO-3 then counts one rank too few.
+    """
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    if not on_gpu:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False
+    )
+    return on_gpu

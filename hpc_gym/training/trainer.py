@@ -1,0 +1,252 @@
+"""TRL's GRPOTrainer with what hpc-gym adds at its seams. Written against TRL 1.16, whose private attributes it sets."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from trl import GRPOTrainer
+
+from hpc_gym.protocol.notify import notify
+from hpc_gym.training.alive import saying_alive
+from hpc_gym.training.checkpoints import Checkpoints
+from hpc_gym.training.evaluation import Evaluator
+from hpc_gym.training.metrics import Recorder
+from hpc_gym.training.policy import PolicyWeights
+from hpc_gym.training.ranks import Ranks
+from hpc_gym.training.rollouts import RolloutFunction
+from hpc_gym.training.stopping import StopRequested, StopSignal
+
+# TRL's names of what a reader of metrics.jsonl wants, and ours.
+_RENAMED = {
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "frac_reward_zero_std": "groups_without_spread",
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+    "entropy": "entropy",
+    "kl": "kl",
+    "clip_ratio/region_mean": "clip_ratio",
+    "completions/mean_length": "completion_tokens",
+    "sampling/importance_sampling_ratio/mean": "importance_ratio",
+}
+
+
+class OffPolicy(RuntimeError):
+    """vLLM sampled from another policy than the one that is trained; the text says by how much."""
+
+
+@dataclass(frozen=True)
+class PolicyDifference:
+    """|log p(trainer) - log p(vLLM)| over all tokens that the policy generated in a step, on all ranks."""
+
+    mean: float
+    largest: float
+    unknown: int
+    """Tokens for which vLLM gave no log-probability."""
+
+
+class PolicyTrainer(GRPOTrainer):
+    """GRPO on rollouts from elsewhere.
+
+    Invariants: vLLM has the weights of `state.global_step` whenever rollouts are asked for; every step's rollouts are
+    checked to come from these weights; a checkpoint counts only when all ranks have written it.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        ranks: Ranks,
+        checkpoints: Checkpoints,
+        prompts_per_step: int,
+        on_policy_tolerance: float,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(*arguments, **keywords)
+        self.pad_token_id: int = self._tokenizer.pad_token_id
+        self.policy_difference = PolicyDifference(0.0, 0.0, 0)
+        self._ranks = ranks
+        self._checkpoints = checkpoints
+        self._prompts_per_step = prompts_per_step
+        self._on_policy_tolerance = on_policy_tolerance
+
+    def use_policy_weights(self, weights: PolicyWeights) -> None:
+        """Lets TRL push weights before each generation and correct for the sampler's own probabilities.
+
+        With `use_vllm` in the configuration TRL would want vLLM installed here and bring its own client; set afterwards
+        it only calls `sync_weights` at every new step and turns the importance-sampling correction on.
+        """
+        self.vllm_generation = weights
+        self._last_loaded_step = -1
+        self.use_vllm = True
+        self.vllm_importance_sampling_correction = True
+
+    def push_weights(self) -> None:
+        """Brings the weights of this moment into vLLM, unless they are there."""
+        if self._last_loaded_step != self.state.global_step:
+            self.vllm_generation.sync_weights()
+            self._last_loaded_step = self.state.global_step
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        self.policy_difference = self._difference(output)
+        self._check_on_policy(self.policy_difference)
+        return output
+
+    def _difference(self, batch: dict[str, Any]) -> PolicyDifference:
+        """Batch as TRL made it; the tensors are [rows, completion tokens] of this rank."""
+        generated = (batch["completion_mask"] * batch["tool_mask"]).bool()
+        sampled = batch["sampling_per_token_logps"][generated].double()
+        trained = batch["old_per_token_logps"][generated].double()
+        known = ~torch.isnan(sampled)
+        difference = (trained[known] - sampled[known]).abs()
+        total, count, unknown = self._ranks.total(
+            [difference.sum().item(), float(len(difference)), float((~known).sum().item())]
+        )
+        largest = self._ranks.maximum([difference.max().item() if len(difference) else 0.0])[0]
+        return PolicyDifference(total / max(count, 1.0), largest, int(unknown))
+
+    def _check_on_policy(self, difference: PolicyDifference) -> None:
+        step = self.state.global_step + 1
+        if math.isnan(difference.mean):
+            raise OffPolicy(
+                f"step {step}: the trainer's log-probabilities of the rollouts are not numbers: the model diverged"
+            )
+        if not self._on_policy_tolerance:
+            return
+        if difference.mean > self._on_policy_tolerance:
+            raise OffPolicy(
+                f"step {step}: mean |log p(trainer) - log p(vLLM)| is {difference.mean:.3g}, more than the allowed "
+                f"{self._on_policy_tolerance:g} (on_policy_tolerance): vLLM does not generate with the trained weights"
+            )
+        if difference.unknown:
+            raise OffPolicy(f"step {step}: vLLM gave no log-probability for {difference.unknown} tokens")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        if self._checkpoints.is_complete(step):
+            return
+        notify(X_SAVING=1)
+        try:
+            with saying_alive():
+                super()._save_checkpoint(model, trial)
+                self._ranks.barrier()
+                if self._ranks.is_first:
+                    self._checkpoints.mark_complete(step, self._ranks.world_size, step * self._prompts_per_step)
+                    self._checkpoints.prune()
+                self._ranks.barrier()
+        finally:
+            notify(X_SAVING=0)
+
+    def save_now(self) -> None:
+        """Writes a checkpoint of the last finished step, unless there is one. Also after training was left by an
+        exception.
+        """
+        if self.state.global_step > 0:
+            self._save_checkpoint(self.model, None)
+
+
+class StepCallback(TrainerCallback):
+    """What happens around every step: metrics, evaluation, progress, agreement to stop."""
+
+    def __init__(
+        self,
+        rollouts: RolloutFunction,
+        weights: PolicyWeights,
+        evaluator: Evaluator,
+        recorder: Recorder | None,
+        ranks: Ranks,
+        stop: StopSignal,
+        environments: list[str],
+    ) -> None:
+        self.trainer: PolicyTrainer
+        """Set by whoever makes the trainer, which wants its callbacks first."""
+        self._rollouts = rollouts
+        self._weights = weights
+        self._evaluator = evaluator
+        self._recorder = recorder
+        self._ranks = ranks
+        self._stop = stop
+        self._environments = environments
+        self._began = 0.0
+        self._weights_before = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 0:
+            self.evaluate("before")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._began = time.monotonic()
+        self._weights_before = self._weights.seconds
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        notify(WATCHDOG=1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        if math.isnan(logs["loss"]):
+            raise FloatingPointError(f"step {state.global_step}: the loss is not a number")
+        record = self._record(logs)
+        reward = record.get("reward", math.nan)
+        notify(WATCHDOG=1, STATUS=f"step {state.global_step}/{state.max_steps} reward {reward:.2f}")
+        if self._recorder is not None:
+            self._recorder.step(state.global_step, record)
+            print(
+                f"step {state.global_step}/{state.max_steps} reward {reward:.3f} logp_diff {record['logp_diff']:.2g} "
+                f"{record['step_seconds']:.2f} s",
+                flush=True,
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        notify(WATCHDOG=1)
+        if state.global_step < state.max_steps:
+            self.evaluate("step")
+        if self._ranks.any(self._stop.requested):
+            control.should_training_stop = True
+        return control
+
+    def evaluate(self, when: str) -> None:
+        """Evaluates the weights of this moment, if the Plan wants it now."""
+        step = self.trainer.state.global_step
+        if self._evaluator.wanted(step, when):
+            self.trainer.push_weights()
+            self._evaluator.run(step, when)
+
+    def _record(self, logs: dict[str, float]) -> dict[str, float]:
+        """A line of metrics.jsonl, see `_RENAMED`; seconds are wall-clock."""
+        statistics = self._rollouts.statistics
+        record = {ours: float(logs[theirs]) for theirs, ours in _RENAMED.items() if theirs in logs}
+        for environment in self._environments:
+            mean = float(logs.get(f"rewards/{environment}/mean", math.nan))
+            if not math.isnan(mean):
+                record[f"reward/{environment}"] = mean
+        return record | {
+            "logp_diff": self.trainer.policy_difference.mean,
+            "logp_diff_max": self.trainer.policy_difference.largest,
+            "logp_unknown": self.trainer.policy_difference.unknown,
+            "step_seconds": time.monotonic() - self._began,
+            "rollout_seconds": statistics.seconds,
+            "weights_seconds": self._weights.seconds - self._weights_before,
+            "rollouts": statistics.rollouts,
+            "failed": statistics.failed,
+            "truncated": statistics.truncated,
+            "tokens": statistics.tokens,
+            "turns": statistics.turns,
+        }
+
+
+def quiet_trl() -> None:
+    """TRL warns of every row without a reward, printing the whole row; failed rollouts are said in one line by us."""
+    logging.getLogger("trl.trainer.grpo_trainer").addFilter(
+        lambda record: "All reward functions returned None" not in record.getMessage()
+    )
+
+
+__all__ = ["OffPolicy", "PolicyDifference", "PolicyTrainer", "StepCallback", "StopRequested", "quiet_trl"]
