@@ -13,7 +13,8 @@ _LET_THROUGH = re.compile(
     r"PATH|HOME|USER|LOGNAME|SHELL|LANG|LANGUAGE|TZ|LC_\w+|LD_LIBRARY_PATH|LIBRARY_PATH|CPATH|XDG_\w+|SSL_CERT_\w+"
     r"|(?:CUDA|NVIDIA|NCCL|GLOO|UCX|ROCM|ROCR|HIP|HSA|OMP|MKL|KMP|OPENBLAS|TORCH|TRITON|VLLM|RAY|HF|TRANSFORMERS|UV)_\w+"
 )
-# A Slurm job starts from --export=NONE: what is there was set by the site or by the profile's setup lines. These still mislead.
+# A Slurm job starts from --export=NONE: what is there was set by the site or by the profile's setup lines. These
+# still mislead.
 _NEVER = re.compile(
     r"PYTHON(?!UNBUFFERED)\w*|VIRTUAL_ENV\w*|CONDA_\w+|SUBMITIT_\w+|HPC_GYM_\w+|NOTIFY_SOCKET|RANK|LOCAL_RANK|WORLD_SIZE"
     r"|MASTER_ADDR|MASTER_PORT|PM(?:I|IX)_\w+|SLURM_(?!JOB_|JOBID|CLUSTER_|NODEID|PROCID|LOCALID)\w+"

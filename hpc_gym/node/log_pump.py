@@ -1,7 +1,8 @@
 """Carries the output of a node's processes into their log files, with a time stamp before every line.
 
-One thread for all, apart from the supervisor's event loop: a slow file system may hold up the output, never a heartbeat. A line costs nothing in
-Python: whole reads are stamped by one `bytes.replace`. The form of the lines is that of `hpc_gym.protocol.log_lines`.
+One thread for all, apart from the supervisor's event loop: a slow file system may hold up the output, never a
+heartbeat. A line costs nothing in Python: whole reads are stamped by one `bytes.replace`. The form of the lines is
+that of `hpc_gym.protocol.log_lines`.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ class Stream:
 
 
 class LogPump:
-    """Invariant: a pipe is read until everybody has closed it, whether or not its file can be written, so no process ever
-    blocks on its output because of us."""
+    """Invariant: a pipe is read until everybody has closed it, whether or not its file can be written, so no process
+    ever blocks on its output because of us.
+    """
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()

@@ -62,7 +62,9 @@ def texts(process: Process) -> Iterator[str]:
 
 
 def wanted_endpoints(process: Process, endpoint_names: Iterable[str]) -> set[str]:
-    """Names of the endpoints whose address `process` needs before it can start. Raises KeyError for an undeclared one."""
+    """Names of the endpoints whose address `process` needs before it can start. Raises KeyError for an undeclared
+    one.
+    """
     names = list(endpoint_names)
     wanted: set[str] = set()
     for text in texts(process):
@@ -77,7 +79,9 @@ def wanted_endpoints(process: Process, endpoint_names: Iterable[str]) -> set[str
 
 
 def declared_endpoints(plan: Plan) -> dict[str, int]:
-    """Every endpoint of the plan and the rank of the node that publishes it (the lowest, where several nodes have one)."""
+    """Every endpoint of the plan and the rank of the node that publishes it (the lowest, where several nodes have
+    one).
+    """
     declared: dict[str, int] = {}
     for node in plan.nodes:
         for process in node.processes:

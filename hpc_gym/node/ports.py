@@ -1,10 +1,10 @@
 """Ports of a node that nobody else can be given while we hold them.
 
-Ports lie below the ephemeral range, so that no outgoing connection takes one, and above Ray's worker ports (10002-19999).
-A single port is held by a bound socket that does not listen: its user, who binds with SO_REUSEADDR as every
-server of ours does, gets it, while the reservation of another job, which binds without, does not. A block of ports must pass NeMo Gym's
-own bind tests, which do without SO_REUSEADDR, so there only the port before the block is held: blocks lie on a common grid, and that one stands for
-the whole.
+Ports lie below the ephemeral range, so that no outgoing connection takes one, and above Ray's worker ports
+(10002-19999). A single port is held by a bound socket that does not listen: its user, who binds with SO_REUSEADDR as
+every server of ours does, gets it, while the reservation of another job, which binds without, does not. A block of
+ports must pass NeMo Gym's own bind tests, which do without SO_REUSEADDR, so there only the port before the block is
+held: blocks lie on a common grid, and that one stands for the whole.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class Ports:
 
 
 def listening(address: str) -> socket.socket:
-    """A TCP socket that listens on `address`, on a port outside the ephemeral range, inheritable once it is passed on."""
+    """A TCP socket that listens on `address`, on a port outside the ephemeral range, inheritable once it is passed
+    on.
+    """
     low, high = _range()
     for _ in range(200):
         port = random.randrange(low, high)

@@ -28,15 +28,15 @@ class SharedMemory:
     def __init__(self, record: Path) -> None:
         """`record`: a file that keeps the names, for whoever cleans up if this process is killed."""
         self._record = record
-        self._before = set(_names())
+        self._before = set(names())
         self._ours: set[str] = set()
         self._tries: dict[str, int] = {}
         self._since = time.time()
 
     def look(self, procs: Iterable[Proc]) -> None:
         """Finds out which new files `procs` have open or mapped. Cheap as long as nothing new appears."""
-        names = {name for name in _names() if name not in self._before and name not in self._ours}
-        unknown = {name for name in names if self._tries.get(name, 0) < 5}
+        new = {name for name in names() if name not in self._before and name not in self._ours}
+        unknown = {name for name in new if self._tries.get(name, 0) < 5}
         if not unknown:
             return
         for name in unknown:
@@ -53,10 +53,11 @@ class SharedMemory:
 
 
 def remove_left(ours: Iterable[str], before: Iterable[str], since: float) -> list[str]:
-    """Removes from /dev/shm the files `ours`, and files of well-known libraries that are newer than `since` (seconds since
-    the epoch) and not among `before`; never one that a living process uses."""
+    """Removes from /dev/shm the files `ours`, and files of well-known libraries that are newer than `since` (seconds
+    since the epoch) and not among `before`; never one that a living process uses.
+    """
     known, old = set(ours), set(before)
-    candidates = [name for name in _names() if name in known or (name not in old and _is_stray(name, since))]
+    candidates = [name for name in names() if name in known or (name not in old and _is_stray(name, since))]
     if not candidates:
         return []
     used = set(_in_use(processes()))
@@ -76,9 +77,9 @@ def recorded(record: Path) -> list[str]:
     return []
 
 
-def _names() -> list[str]:
+def names() -> list[str]:
     try:
-        return os.listdir(DIRECTORY)
+        return [path.name for path in DIRECTORY.iterdir()]
     except OSError:
         return []
 
@@ -99,6 +100,6 @@ def _in_use(pids: Iterable[int]) -> Iterator[str]:
         with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as descriptors:
             for descriptor in descriptors:
                 with contextlib.suppress(OSError):
-                    target = os.readlink(descriptor.path)
+                    target = str(Path(descriptor.path).readlink())
                     if target.startswith(prefix):
                         yield target.removeprefix(prefix)

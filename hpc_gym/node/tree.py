@@ -1,7 +1,8 @@
 """Which processes are ours, read from /proc, and how to make sure that none is left.
 
-A process that leaves its group or session, or outlives its parent, stays below a supervisor: supervisors and their guardians are
-child subreapers. Where even that chain is broken (several of them killed at once), the marker in the environment tells.
+A process that leaves its group or session, or outlives its parent, stays below a supervisor: supervisors and their
+guardians are child subreapers. Where even that chain is broken (several of them killed at once), the marker in the
+environment tells.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,13 +60,13 @@ def process(pid: int) -> Proc | None:
     return Proc(pid, int(fields[1]), int(fields[2]), int(fields[3]), int(fields[19]), fields[0] in (b"Z", b"X"))
 
 
-def descendants(root: int, table: dict[int, Proc]) -> list[Proc]:
-    """All living processes below `root`, itself not included."""
+def descendants(roots: Iterable[int], table: Mapping[int, Proc]) -> list[Proc]:
+    """All living processes below those with the pids `roots`."""
     children: dict[int, list[Proc]] = {}
     for proc in table.values():
         children.setdefault(proc.parent, []).append(proc)
     found: list[Proc] = []
-    queue = [root]
+    queue = list(roots)
     while queue:
         below = children.get(queue.pop(), [])
         found.extend(proc for proc in below if not proc.zombie)
@@ -73,7 +74,7 @@ def descendants(root: int, table: dict[int, Proc]) -> list[Proc]:
     return found
 
 
-def marked(marker: str, table: dict[int, Proc]) -> list[Proc]:
+def marked(marker: str, table: Mapping[int, Proc]) -> list[Proc]:
     """All living processes whose environment says that they belong to `marker` (a job, or `JOB NODE` and so on)."""
     wanted = f"{MARKER}={marker}".encode()
     found = []
@@ -96,16 +97,6 @@ def send(procs: Iterable[Proc], signum: int) -> None:
                 os.kill(proc.pid, signum)
 
 
-def cpu_seconds(procs: Iterable[Proc]) -> float:
-    """CPU time of the processes and of the children they waited for."""
-    ticks = 0
-    for proc in procs:
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            text = Path(f"/proc/{proc.pid}/stat").read_bytes()
-            ticks += sum(map(int, text[text.rindex(b")") + 2 :].split()[11:15]))
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
 def become_subreaper() -> None:
     """Orphans below this process become its children from now on. See prctl(2)."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -117,7 +108,8 @@ def signal_when_parent_dies(signum: int) -> None:
 
 
 def kill_all(marker: str, spare: frozenset[int] = frozenset(), within_s: float = 5.0) -> list[int]:
-    """Kills everything below this process, and everything marked, until nothing is left; returns pids that would not die.
+    """Kills everything below this process, and everything marked, until nothing is left; returns pids that would not
+    die.
 
     `spare`: pids that stay, with what is below them.
     """
@@ -145,10 +137,8 @@ async def kill_all_async(marker: str, spare: frozenset[int], within_s: float) ->
 def ours(marker: str, spare: frozenset[int] = frozenset()) -> Iterator[Proc]:
     """Living processes below this one or with the marker, this one not included."""
     table = processes()
-    spared = set(spare) | {os.getpid()}
-    for pid in spare:
-        spared.update(proc.pid for proc in descendants(pid, table))
-    mine = {proc.pid: proc for proc in (*descendants(os.getpid(), table), *marked(marker, table))}
+    spared = {os.getpid(), *spare, *(proc.pid for proc in descendants(spare, table))}
+    mine = {proc.pid: proc for proc in (*descendants([os.getpid()], table), *marked(marker, table))}
     yield from (proc for pid, proc in mine.items() if pid not in spared)
 
 

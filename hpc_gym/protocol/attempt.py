@@ -1,7 +1,7 @@
 """How an attempt of a job ended, and the one sentence that says so wherever it is said.
 
-The coordinator writes `attempts/K/outcome.json`, and for a failure `failure.json` in the same place and at the top of the run
-directory. The last line of the job's log and `hpc-gym status` are `Outcome.sentence()`.
+The coordinator writes `attempts/K/outcome.json`, and for a failure `failure.json` in the same place and at the top of
+the run directory. The last line of the job's log and `hpc-gym status` are `Outcome.sentence()`.
 """
 
 from __future__ import annotations
@@ -73,14 +73,19 @@ class Outcome:
         return json.dumps(dataclasses.asdict(self)) + "\n"
 
     @classmethod
+    def from_json(cls, text: str) -> Outcome:
+        """The outcome that `to_json` wrote."""
+        data: dict[str, Any] = json.loads(text)
+        failure = data.pop("failure")
+        return cls(**{**data, "exclude": tuple(data["exclude"]), "failure": Failure(**failure) if failure else None})
+
+    @classmethod
     def read(cls, attempt_dir: str | Path) -> Outcome | None:
         """The outcome of an attempt, None when it has none (yet)."""
         try:
-            data: dict[str, Any] = json.loads((Path(attempt_dir) / "outcome.json").read_text())
+            return cls.from_json((Path(attempt_dir) / "outcome.json").read_text())
         except FileNotFoundError:
             return None
-        failure = data.pop("failure")
-        return cls(**{**data, "exclude": tuple(data["exclude"]), "failure": Failure(**failure) if failure else None})
 
     def write(self, run_dir: str | Path, attempt_dir: str | Path) -> None:
         """Writes `outcome.json` and `failure.json`, each whole or not at all."""

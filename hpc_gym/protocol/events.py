@@ -12,8 +12,9 @@ node: `released`   nothing of the attempt is left on it; `seconds` since it was 
 `status`           `text`, what the process says it does
 `ready`            `seconds` since it was started
 `saving`, `saved`  a checkpoint is being written; no longer
+`complained`       it says that it fails: `cause`
 `hung`             it will be killed: `cause`
-`exited`           `exit_code` or `signal`, `seconds` since it was started, `cpu_seconds` it and its waited-for children used
+`exited`           `exit_code` or `signal`, `seconds` since it was started, `cpu_seconds` with its waited-for children
 `restarting`       in place, after `delay` seconds; `restarts`, `cause`
 `failed`           the fields of `hpc_gym.protocol.attempt.Failure`
 job: `stopping`    `reason`; node and role are those of the coordinator

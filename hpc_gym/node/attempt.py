@@ -1,0 +1,104 @@
+"""`python -m hpc_gym.node.attempt RUN_DIR`: begins an attempt, once, at the start of the job script.
+
+Makes the attempt's directory and secrets file, and prints shell exports for the script to `eval`. Never prints a
+secret.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from hpc_gym.errors import UserError
+from hpc_gym.node.context import node_address, secrets_path
+from hpc_gym.node.ports import Ports
+from hpc_gym.plan.plan import Plan
+from hpc_gym.protocol.secrets import Secrets, write_secrets
+
+SUBMITTED = "submitted.json"
+"""In `RUN_DIR/secrets`: `{"env": {NAME: value}}`, 0600, written at submit, for every attempt of the job."""
+
+
+def begin(run_dir: Path, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Begins the next attempt; returns the variables that its supervisors need. Raises UserError for a broken run
+    directory.
+    """
+    try:
+        plan = Plan.read(run_dir)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run_dir} is no run directory that can be started: plan.json: {error}") from None
+    attempt = _next_attempt(run_dir / "attempts")
+    (run_dir / "attempts" / str(attempt) / "logs").mkdir()
+    _point_latest(run_dir / "attempts", attempt)
+    # It tells of an attempt before this one; that attempt's directory keeps its copy.
+    (run_dir / "failure.json").unlink(missing_ok=True)
+    _make_secrets(plan, run_dir, attempt, environment)
+    address, _ = node_address(plan)
+    ports = Ports()
+    port = ports.single()
+    ports.release()
+    return {"HPC_GYM_ATTEMPT": str(attempt), "HPC_GYM_COORDINATOR": f"{address}:{port}"}
+
+
+def end(run_dir: Path) -> None:
+    """Removes the secrets of a run of which no further attempt follows."""
+    shutil.rmtree(run_dir / "secrets", ignore_errors=True)
+
+
+def _next_attempt(folder: Path) -> int:
+    folder.mkdir(exist_ok=True)
+    numbers = [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()]
+    number = max(numbers, default=0) + 1
+    while True:
+        try:
+            (folder / str(number)).mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return number
+
+
+def _point_latest(folder: Path, attempt: int) -> None:
+    temporary = folder / f".latest.{os.getpid()}"
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()
+    temporary.symlink_to(str(attempt))
+    temporary.replace(folder / "latest")
+
+
+def _make_secrets(plan: Plan, run_dir: Path, attempt: int, environment: Mapping[str, str]) -> None:
+    folder = run_dir / "secrets"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    folder.chmod(0o700)
+    submitted: dict[str, str] = {}
+    with contextlib.suppress(FileNotFoundError):
+        submitted = json.loads((folder / SUBMITTED).read_text())["env"]
+    found = {name: submitted.get(name) or environment.get(name) or "" for name in plan.secrets}
+    env = {name: value for name, value in found.items() if value}
+    write_secrets(secrets_path(run_dir, attempt), Secrets(secrets.token_urlsafe(32), env))
+
+
+def main() -> int:
+    """Prints the exports, and unsets what now travels in the secrets file. Returns the exit code."""
+    run_dir = Path(sys.argv[1]).resolve()
+    try:
+        exports = begin(run_dir)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for name, value in exports.items():
+        print(f"export {name}={shlex.quote(value)}")
+    if names := Plan.read(run_dir).secrets:
+        print(f"unset {' '.join(shlex.quote(name) for name in names)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

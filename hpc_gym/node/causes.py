@@ -1,0 +1,58 @@
+"""Reads from the end of a process's log why it died."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from hpc_gym.protocol.log_lines import parse_line
+
+_TAIL = 1 << 16
+_LONGEST = 400
+_EXCEPTION = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit|Warning|Timeout|Refused)\b.*")
+_TRACEBACK = "Traceback (most recent call last)"
+
+# A rank whose peer has died fails in its next collective. That is never the first cause.
+_COLLATERAL = re.compile(
+    r"closed by peer|connection reset|broken pipe|connection refused|remote process exited|peer closed|socketpollutils"
+    r"|\bgloo\b.*(?:timed out|pair|connect)|NCCL.*(?:remote|unhandled system|timeout)"
+    r"|DistBackendError|DistNetworkError|DistStoreError|recvValue failed|server disconnected|cannot connect to host",
+    re.IGNORECASE,
+)
+
+
+def cause_from_log(path: Path) -> str:
+    """The exception that the last traceback in the log ends with; else its last line; "" when there is none."""
+    lines = last_lines(path)
+    starts = [number for number, line in enumerate(lines) if _TRACEBACK in line]
+    if starts:
+        # Prefixes such as "[rank1]: " or "(EngineCore pid=7) " stand before every line of a traceback.
+        prefix = lines[starts[-1]].partition(_TRACEBACK)[0]
+        for line in lines[starts[-1] + 1 :]:
+            text = line.removeprefix(prefix)
+            if text and not text[0].isspace():
+                return text[:_LONGEST]
+    for line in reversed(lines):
+        if _EXCEPTION.match(line):
+            return line[:_LONGEST]
+    return lines[-1][:_LONGEST] if lines else ""
+
+
+def last_lines(path: Path) -> list[str]:
+    """The lines at the end of a log, without stamps and without empty ones."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _TAIL))
+            raw = file.read().splitlines()
+    except OSError:
+        return []
+    if size > _TAIL:
+        raw = raw[1:]
+    texts = (parse_line(line)[1].decode(errors="replace").rstrip() for line in raw)
+    return [text for text in texts if text]
+
+
+def is_collateral(cause: str) -> bool:
+    """Whether the cause is what a process sees when another one has died."""
+    return bool(_COLLATERAL.search(cause))

@@ -1,0 +1,267 @@
+"""The coordinator: registry of endpoints, heartbeats, event log, and the decision how the attempt ends.
+
+It runs beside the supervisor of node rank 0, which talks to it over TCP like all the others. Messages are JSON objects
+with a `type`:
+
+* to the coordinator: `heartbeat`, `endpoints`, `event`, `ended` (a task ended well), `failed`, `saving`, `signal`,
+  `released`;
+* from it: `heartbeat`, `endpoints` (of all nodes), `checkpoint` (tasks save and stop), `stop`, `end` (the outcome).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc_gym.node.channel import LONGEST, Channel, Message, accept
+from hpc_gym.node.journal import Journal
+from hpc_gym.node.verdict import Task, Verdict
+from hpc_gym.plan.plan import Plan
+from hpc_gym.protocol.attempt import STOPPED_AT_CHECKPOINT, Failure, Outcome
+
+JOIN_WITHIN_S = 120.0
+"""From the coordinator's start until every node's supervisor has reported."""
+_SETTLE_S = 0.5
+"""After the first failure: a rank that lost its peer is often faster to report than the one that died."""
+
+
+@dataclass
+class Peer:
+    """A supervisor as the coordinator knows it."""
+
+    rank: int
+    host: str
+    channel: Channel
+    last_heard: float
+    connected: bool = True
+    released: bool = False
+
+
+class Coordinator:
+    """`run` serves until the attempt has ended on every node and its outcome is written."""
+
+    def __init__(self, plan: Plan, attempt: int, token: str) -> None:
+        self._plan = plan
+        self._attempt = attempt
+        self._token = token
+        self._directory = Path(plan.run_dir) / "attempts" / str(attempt)
+        self._journal = Journal(self._directory / "events.jsonl")
+        self._peers: dict[int, Peer] = {}
+        self._endpoints: dict[int, dict[str, str]] = {}
+        self._saving: set[Task] = set()
+        tasks = frozenset((n.rank, p.name) for n in plan.nodes for p in n.processes if p.kind == "task")
+        self._verdict = Verdict(tasks)
+        self._changed = asyncio.Event()
+        self._seen: set[str] = set()
+        self._started = time.monotonic()
+        self._first_cause = 0.0
+        self._serving: set[asyncio.Task[None]] = set()
+
+    async def run(self, host: str, port: int) -> Outcome:
+        """Serves on `host:port`. Raises OSError when the port is taken."""
+        server = await asyncio.start_server(self._serve, host, port, limit=LONGEST)
+        watch = asyncio.create_task(self._watch(), name="heartbeats")
+        try:
+            await self._until(lambda: self._verdict.outcome() is not None)
+            self._first_cause = time.monotonic()
+            outcome = await self._settle()
+            await self._let_checkpoint_finish(outcome)
+            await self._stop(outcome)
+            self._conclude(outcome)
+            await asyncio.gather(*(peer.channel.close() for peer in self._peers.values()))
+        finally:
+            watch.cancel()
+            server.close()
+            for task in list(self._serving):
+                task.cancel()
+            await asyncio.to_thread(self._journal.close)
+        return outcome
+
+    async def _until(self, condition: object, within_s: float | None = None) -> bool:
+        """Waits until `condition()` holds, which is asked after every message; False when the time is over."""
+        assert callable(condition)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while not condition():
+                    self._changed.clear()
+                    await self._changed.wait()
+        return bool(condition())
+
+    async def _settle(self) -> Outcome:
+        """Waits a moment for the true first cause; longer while all that failed lost a peer, and a node has just
+        fallen silent.
+        """
+        verdict, beat = self._verdict, self._plan.supervision.heartbeat_s
+        if not verdict.finished():
+            await self._until(lambda: bool(verdict.cancelled), _SETTLE_S)
+
+        def suspect() -> bool:
+            return any(time.monotonic() - peer.last_heard > 2 * beat + 0.5 for peer in self._peers.values())
+
+        while verdict.only_collateral() and not verdict.lost and not verdict.cancelled and suspect():
+            await self._until(lambda: bool(verdict.lost), 0.25)
+        outcome = verdict.outcome()
+        assert outcome is not None, "an attempt that ends for a reason keeps it"
+        return outcome
+
+    async def _let_checkpoint_finish(self, outcome: Outcome) -> None:
+        limit = self._plan.supervision.checkpoint_grace_s
+        if outcome.kind == "cancelled":
+            limit = min(limit, self._plan.supervision.stop_within_s)
+        await self._until(lambda: not self._saving, limit)
+
+    async def _stop(self, outcome: Outcome) -> None:
+        reason = outcome.sentence()
+        self._record("stopping", reason=reason)
+        self._broadcast({"type": "stop", "reason": reason})
+        await self._until(
+            lambda: all(peer.released for peer in self._peers.values() if peer.connected),
+            self._plan.supervision.stop_within_s,
+        )
+
+    def _conclude(self, outcome: Outcome) -> None:
+        seconds = round(time.monotonic() - self._first_cause, 3)
+        self._record("outcome", kind=outcome.kind, sentence=outcome.sentence(), seconds=seconds)
+        try:
+            outcome.write(self._plan.run_dir, self._directory)
+        except OSError as error:
+            print(f"the outcome could not be written to {self._directory}: {error.strerror}", flush=True)
+        self._broadcast({"type": "end", "outcome": outcome.to_json()})
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        current = asyncio.current_task()
+        assert current is not None
+        self._serving.add(current)
+        with contextlib.suppress(asyncio.CancelledError):
+            if (accepted := await accept(reader, writer, self._token, self._seen)) is not None:
+                channel, hello = accepted
+                await (self._hear_guardian(channel) if hello.get("guardian") else self._hear(channel, hello))
+        self._serving.discard(current)
+        writer.close()
+
+    async def _hear(self, channel: Channel, hello: Message) -> None:
+        peer = Peer(int(hello["rank"]), str(hello["host"]), channel, time.monotonic())
+        self._peers[peer.rank] = peer
+        self._record("joined", rank=peer.rank, host=peer.host, address=hello["address"], pid=hello["pid"])
+        channel.send(self._registry())
+        while (message := await channel.receive()) is not None:
+            peer.last_heard = time.monotonic()
+            self._take(peer, message)
+            self._changed.set()
+        peer.connected = False
+        self._changed.set()
+
+    async def _hear_guardian(self, channel: Channel) -> None:
+        """The guardian of a supervisor reports only that the supervisor has died."""
+        while (message := await channel.receive()) is not None:
+            if message.get("type") == "failed":
+                self._fail(Failure(**message["failure"]))
+        self._changed.set()
+
+    def _take(self, peer: Peer, message: Message) -> None:
+        kind = message.get("type")
+        task = (peer.rank, str(message.get("process", "")))
+        if kind == "heartbeat":
+            peer.channel.send({"type": "heartbeat"})
+        elif kind == "endpoints":
+            self._endpoints[peer.rank] = message["endpoints"]
+            self._broadcast(self._registry())
+        elif kind == "event":
+            self._journal.write(message["event"])
+        elif kind == "ended":
+            self._verdict.ended[task] = int(message["exit_code"])
+            self._saving.discard(task)
+            if message["exit_code"] == STOPPED_AT_CHECKPOINT:
+                self._checkpoint("a task stopped at a checkpoint")
+        elif kind == "failed":
+            self._fail(Failure(**message["failure"]), task)
+        elif kind == "saving":
+            (self._saving.add if message["saving"] else self._saving.discard)(task)
+        elif kind == "signal":
+            self._signalled(peer, str(message["signal"]))
+        elif kind == "released":
+            peer.released = True
+            self._record("released", rank=peer.rank, seconds=message["seconds"])
+
+    def _fail(self, failure: Failure, task: Task | None = None) -> None:
+        self._verdict.failures.append(failure)
+        # A checkpoint that several ranks write together is lost with one of them: nothing to wait for.
+        if task in self._saving:
+            self._saving.clear()
+
+    def _signalled(self, peer: Peer, signal: str) -> None:
+        if signal == "SIGUSR2":
+            self._checkpoint(f"the job received {signal} (time limit or preemption)")
+        elif not self._verdict.cancelled:
+            self._verdict.cancelled = f"the job received {signal}"
+
+    def _checkpoint(self, reason: str) -> None:
+        if self._verdict.checkpoint:
+            return
+        self._verdict.checkpoint = reason
+        self._broadcast({"type": "checkpoint"})
+        supervision = self._plan.supervision
+        allowed = max(1.0, supervision.time_limit_margin_s - supervision.stop_within_s)
+        asyncio.get_running_loop().call_later(allowed, self._checkpoint_overdue)
+
+    def _checkpoint_overdue(self) -> None:
+        self._verdict.overdue = True
+        self._changed.set()
+
+    async def _watch(self) -> None:
+        """Notices nodes that fall silent or never come."""
+        supervision = self._plan.supervision
+        every, looked = supervision.heartbeat_s / 2, time.monotonic()
+        while True:
+            await asyncio.sleep(every)
+            now = time.monotonic()
+            if now - looked > every + 1.0:
+                # This process itself was held up: what others sent meanwhile is still to be read.
+                for peer in self._peers.values():
+                    peer.last_heard = max(peer.last_heard, now - supervision.heartbeat_s)
+            looked = now
+            for peer in self._peers.values():
+                if not peer.released and now - peer.last_heard > supervision.node_silent_s:
+                    self._lose(peer.rank, peer.host, f"no heartbeat for {now - peer.last_heard:.0f} s")
+            if now - self._started > JOIN_WITHIN_S:
+                for node in self._plan.nodes:
+                    if node.rank not in self._peers:
+                        self._lose(node.rank, "", f"its supervisor did not report within {JOIN_WITHIN_S:g} s")
+            self._changed.set()
+
+    def _lose(self, rank: int, host: str, cause: str) -> None:
+        node = self._plan.nodes[rank]
+        if any(failure.node == node.name for failure, _ in self._verdict.lost):
+            return
+        where = f"host {host}: {cause}" if host else cause
+        log = str(self._directory / "events.jsonl")
+        failure = Failure(node.role, node.name, "supervisor", where, log, self._attempt, time.time())
+        self._verdict.lost.append((failure, host))
+        if rank in self._peers:
+            self._peers[rank].connected = False
+        if any(task[0] == rank for task in self._saving):
+            self._saving.clear()
+        self._record("silent", rank=rank, cause=cause)
+
+    def _registry(self) -> Message:
+        return {"type": "endpoints", "endpoints": {str(rank): found for rank, found in self._endpoints.items()}}
+
+    def _broadcast(self, message: Message) -> None:
+        for peer in self._peers.values():
+            peer.channel.send(message)
+
+    def _record(self, event: str, rank: int = 0, **fields: object) -> None:
+        node = self._plan.nodes[rank]
+        self._journal.write(
+            {"time": time.time(), "attempt": self._attempt, "node": node.name, "role": node.role, "process": ""}
+            | {"event": event, **fields}
+        )
+
+
+def failure_message(process: str, failure: Failure) -> Message:
+    """The message by which a supervisor or its guardian reports a failure."""
+    return {"type": "failed", "process": process, "failure": dataclasses.asdict(failure)}

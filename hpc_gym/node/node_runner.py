@@ -1,0 +1,259 @@
+"""The node runner: runs the processes of one node of the plan, from the first to the last."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import time
+from typing import Any
+
+from hpc_gym.node import tree
+from hpc_gym.node.channel import Message, Refused
+from hpc_gym.node.commands import command
+from hpc_gym.node.context import NodeContext
+from hpc_gym.node.coordinator import Coordinator, failure_message
+from hpc_gym.node.endpoints import Endpoints
+from hpc_gym.node.link import Link
+from hpc_gym.node.log_pump import LogPump
+from hpc_gym.node.placeholders import wanted_endpoints
+from hpc_gym.node.process import End, ManagedProcess
+from hpc_gym.node.shared_memory import SharedMemory
+from hpc_gym.plan.plan import Process
+from hpc_gym.protocol.attempt import STOPPED_AT_CHECKPOINT, Failure, Outcome
+
+_LOOK_EVERY_S = 1.0
+
+
+class NodeRunner:
+    """Invariant: when `run` returns, nothing that this node started is alive, and nothing of it is left in /dev/shm."""
+
+    def __init__(self, context: NodeContext) -> None:
+        self._context = context
+        self._pump = LogPump()
+        self._shared_memory = SharedMemory(context.private_dir / "shared_memory")
+        self._endpoints = Endpoints(context)
+        self._waiting: dict[int, asyncio.Future[tuple[int, float]]] = {}
+        self._stopping = asyncio.Event()
+        self._ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._processes = [self._managed(spec) for spec in context.node.processes]
+        hello = {
+            "rank": context.node.rank,
+            "host": socket.gethostname(),
+            "address": context.address,
+            "pid": os.getpid(),
+        }
+        self._link = Link(*context.coordinator, context.secrets.token, hello, context.plan.supervision, self._take)
+
+    async def run(self) -> Outcome:
+        """Runs the node until the coordinator has said how the attempt ended, or is gone."""
+        self._handle_signals()
+        self._link.send({"type": "endpoints", "endpoints": self._endpoints.open()})
+        coordinator = self._coordinate()
+        link = asyncio.create_task(self._keep_link(), name="link")
+        look = asyncio.create_task(self._look(), name="look")
+        keepers = [asyncio.create_task(self._keep(each), name=each.spec.name) for each in self._processes]
+        await self._stopping.wait()
+        stopped = time.monotonic()
+        await self._release(keepers)
+        look.cancel()
+        self._link.send({"type": "released", "seconds": round(time.monotonic() - stopped, 3)})
+        outcome = await self._outcome()
+        if coordinator is not None:
+            await asyncio.wait({coordinator}, timeout=5)
+        link.cancel()
+        return outcome
+
+    def _coordinate(self) -> asyncio.Task[Outcome] | None:
+        context = self._context
+        if context.node.rank != 0:
+            return None
+        coordinator = Coordinator(context.plan, context.attempt, context.secrets.token)
+        task = asyncio.create_task(coordinator.run(*context.coordinator), name="coordinator")
+
+        def ended(done: asyncio.Task[Outcome]) -> None:
+            if not done.cancelled() and (error := done.exception()) is not None:
+                self._give_up(f"the coordinator failed: {error}")
+
+        task.add_done_callback(ended)
+        return task
+
+    async def _keep_link(self) -> None:
+        try:
+            reason = await self._link.run()
+        except Refused as error:
+            reason = str(error)
+        self._give_up(reason)
+
+    def _give_up(self, cause: str) -> None:
+        """Ends this node without the coordinator."""
+        if not self._ended.done():
+            log = str(self._context.log(self._context.node.role, "supervisor"))
+            self._ended.set_result(
+                Outcome("failed", failure=self._failure("supervisor", self._context.node.role, cause, log))
+            )
+        self._stopping.set()
+
+    async def _outcome(self) -> Outcome:
+        limit = self._context.plan.supervision.stop_within_s + 5
+        await asyncio.wait({self._ended}, timeout=limit)
+        if not self._ended.done():
+            self._give_up(f"the coordinator did not end the attempt within {limit:g} s")
+        return self._ended.result()
+
+    def _take(self, message: Message) -> None:
+        kind = message.get("type")
+        if kind == "endpoints":
+            self._endpoints.learn(message["endpoints"])
+        elif kind == "checkpoint":
+            for process in self._processes:
+                if process.spec.kind == "task":
+                    process.signal_leader(signal.SIGUSR2)
+        elif kind == "stop":
+            self._stopping.set()
+        elif kind == "end":
+            if not self._ended.done():
+                self._ended.set_result(Outcome.from_json(message["outcome"]))
+            self._stopping.set()
+
+    async def _keep(self, process: ManagedProcess) -> None:
+        """Runs the lives of one process."""
+        spec, restarts = process.spec, 0
+        while not self._stopping.is_set():
+            try:
+                await self._endpoints.known(wanted_endpoints(spec, self._endpoints.names))
+                end = await process.live(
+                    command(self._context, spec, self._endpoints.values), self._endpoints.values, restarts
+                )
+            except (OSError, KeyError) as error:
+                end = End(None, None, f"it could not be started: {_sentence(error)}", 0.0)
+            if self._stopping.is_set():
+                return
+            self._report(spec, "exited", exit_code=end.exit_code, signal=end.signal, seconds=end.seconds,
+                         cpu_seconds=end.cpu_seconds)  # fmt: skip
+            if spec.kind == "task" and end.exit_code in (0, STOPPED_AT_CHECKPOINT):
+                self._link.send({"type": "ended", "process": spec.name, "exit_code": end.exit_code})
+                return
+            if restarts >= spec.restarts:
+                self._fail(process, end, restarts)
+                return
+            delay = 0.0 if restarts == 0 else min(10.0, 2.0**restarts)
+            restarts += 1
+            self._report(spec, "restarting", restarts=restarts, delay=delay, cause=_what(end))
+            await process.kill()
+            await asyncio.sleep(delay)
+
+    def _fail(self, process: ManagedProcess, end: End, restarts: int) -> None:
+        spec = process.spec
+        cause = end.cause
+        if end.exit_code == 0:
+            cause = "a service must live as long as the job does"
+        if restarts:
+            cause += f" (after {restarts} restart{'s' if restarts > 1 else ''})"
+        failure = self._failure(spec.name, spec.role, cause, str(process.log), end)
+        self._report(spec, "failed", exit_code=end.exit_code, signal=end.signal, cause=cause, log=failure.log)
+        self._link.send(failure_message(spec.name, failure))
+
+    def _failure(self, process: str, role: str, cause: str, log: str, end: End | None = None) -> Failure:
+        code, killed_by = (end.exit_code, end.signal) if end else (None, None)
+        name = self._context.node.name
+        return Failure(role, name, process, cause, log, self._context.attempt, time.time(), code, killed_by)
+
+    def _managed(self, spec: Process) -> ManagedProcess:
+        context = self._context
+
+        def report(event: str, **fields: Any) -> None:
+            if event in ("saving", "saved"):
+                self._link.send({"type": "saving", "process": spec.name, "saving": event == "saving"})
+            self._report(spec, event, **fields)
+
+        return ManagedProcess(
+            spec,
+            log=context.log(spec.role, spec.name),
+            private_dir=context.private_dir,
+            pump=self._pump,
+            children=self,
+            report=report,
+        )
+
+    def _report(self, spec: Process, event: str, **fields: Any) -> None:
+        context = self._context
+        head = {"time": time.time(), "attempt": context.attempt, "node": context.node.name}
+        head |= {"role": spec.role, "process": spec.name, "event": event}
+        self._link.send({"type": "event", "event": head | fields})
+
+    def expect(self, pid: int) -> asyncio.Future[tuple[int, float]]:
+        """See `hpc_gym.node.process.Children`."""
+        self._waiting[pid] = asyncio.get_running_loop().create_future()
+        return self._waiting[pid]
+
+    def _reap(self) -> None:
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+                if not pid:
+                    return
+                waiting = self._waiting.pop(pid, None)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result((status, usage.ru_utime + usage.ru_stime))
+
+    def _handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGCHLD, self._reap)
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+            loop.add_signal_handler(signum, self._on_signal, signum.name)
+        loop.add_signal_handler(signal.SIGHUP, self._lose_guardian)
+
+    def _on_signal(self, name: str) -> None:
+        self._link.send({"type": "signal", "signal": name})
+
+    def _lose_guardian(self) -> None:
+        node, log = self._context.node, str(self._context.log(self._context.node.role, "supervisor"))
+        failure = self._failure("supervisor", node.role, "its guardian, the task that started it, was killed", log)
+        self._link.send(failure_message("supervisor", failure))
+
+    async def _look(self) -> None:
+        """Keeps track of what belongs to whom, as long as it can still be seen."""
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            self._look_now()
+
+    def _look_now(self) -> None:
+        table = tree.processes()
+        for process in self._processes:
+            process.look(table)
+        self._shared_memory.look(tree.descendants([os.getpid()], table))
+
+    async def _release(self, keepers: list[asyncio.Task[None]]) -> None:
+        """Stops everything; nothing is left when it returns."""
+        self._look_now()
+        allowed = max(1.0, self._context.plan.supervision.stop_within_s - 4.0)
+        await asyncio.gather(*(each.stop(min(each.spec.stop_grace_s, allowed)) for each in self._processes))
+        for keeper in keepers:
+            keeper.cancel()
+        await asyncio.gather(*keepers, return_exceptions=True)
+        if left := await tree.kill_all_async(self._context.marker, frozenset(), 3.0):
+            print(f"{self._context.node.name}: processes that do not die: {left}", flush=True)
+        self._shared_memory.remove()
+        for process in self._processes:
+            process.said.close()
+        self._endpoints.close()
+        await asyncio.to_thread(self._pump.close)
+
+
+def _what(end: End) -> str:
+    if end.signal is not None:
+        what = f"killed by {end.signal}"
+    elif end.exit_code is not None:
+        what = f"exit code {end.exit_code}"
+    else:
+        return end.cause
+    return f"{what}: {end.cause}" if end.cause else what
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"the plan declares no port or endpoint named {error}"
+    return str(error)

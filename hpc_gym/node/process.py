@@ -1,0 +1,264 @@
+"""One process (group) of a node: its lives, one after the other, each from start to the end of everything it left
+behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from hpc_gym.node import tree
+from hpc_gym.node.causes import cause_from_log
+from hpc_gym.node.log_pump import LogPump, Stream
+from hpc_gym.node.notifications import Notifications
+from hpc_gym.node.placeholders import Values
+from hpc_gym.node.readiness import Answer, ask_gym, ask_http, watchdog_overdue
+from hpc_gym.plan.plan import Process
+
+_PROBE_EVERY_S = 0.25
+_EXIT_AFTER_FAILURE_S = 5.0
+"""How long a process that said X_FAILURE may take to exit: teardown of NCCL or a profiler can hang for ever."""
+
+
+@dataclass(frozen=True)
+class End:
+    """How a life ended. `cause` is a text for people; a hung one has neither exit code nor signal."""
+
+    exit_code: int | None
+    signal: str | None
+    cause: str
+    seconds: float
+    cpu_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is really executed."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    pass_fds: tuple[int, ...]
+
+
+class Children(Protocol):
+    """Who waits for the children of this process (it also gets orphans, so nobody else may wait)."""
+
+    def expect(self, pid: int) -> asyncio.Future[tuple[int, float]]:
+        """Resolves with (wait status, CPU seconds of it and its waited-for children) when the child `pid` has ended."""
+
+
+class ManagedProcess:
+    """Starts, watches and ends one process of the plan. At most one life at a time; `stop` ends everything it made."""
+
+    def __init__(
+        self,
+        spec: Process,
+        *,
+        log: Path,
+        private_dir: Path,
+        pump: LogPump,
+        children: Children,
+        report: Callable[..., None],
+    ) -> None:
+        """`report(event, **fields)` is called for what happens."""
+        self.spec = spec
+        self.log = log
+        self.said = Notifications(private_dir / f"{spec.name}.notify", self._on_said)
+        self.leader: tree.Proc | None = None
+        self.members: dict[int, tree.Proc] = {}
+        """Everything this life has been seen to consist of, by pid."""
+        self._private_dir = private_dir
+        self._pump = pump
+        self._children = children
+        self._report = report
+        self._started = 0.0
+        self._status_due: asyncio.TimerHandle | None = None
+        self._stream: Stream | None = None
+
+    async def live(self, command: Command, values: Values, restarts: int) -> End:
+        """Runs one life; returns when its main process is dead (killed, if it hung), whatever else it left."""
+        await self.said.open()
+        self._clear_socket(values)
+        ended = self._spawn(command)
+        assert self.leader is not None
+        self._report("started", pid=self.leader.pid, restarts=restarts)
+        watch = asyncio.create_task(self._watch(values), name=f"watch-{self.spec.name}")
+        try:
+            both: list[asyncio.Future[Any]] = [ended, watch]
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            hung = ""
+            if not ended.done():
+                hung = watch.result()
+                self._report("hung", cause=hung)
+                await self.kill()
+                await ended
+        finally:
+            watch.cancel()
+        return await self._end(*ended.result(), hung)
+
+    def _clear_socket(self, values: Values) -> None:
+        # A server refuses to bind where the life before left its socket.
+        if self.spec.ready is not None and self.spec.ready.kind == "http":
+            self._socket_path(values).unlink(missing_ok=True)
+
+    def _spawn(self, command: Command) -> asyncio.Future[tuple[int, float]]:
+        sink, self._stream = self._pump.attach(self.log)
+        try:
+            # A group and session of its own: a signal to it reaches all that did not leave it, and none else.
+            child = subprocess.Popen(
+                command.argv,
+                env=command.env,
+                pass_fds=command.pass_fds,
+                cwd=self._private_dir,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                start_new_session=True,
+            )
+        finally:
+            os.close(sink)
+        child.returncode = 0  # Waited for elsewhere: keeps Popen from complaining that it was not.
+        self._started = time.monotonic()
+        leader = tree.process(child.pid)
+        assert leader is not None, "a child that nobody has waited for stays in /proc"
+        self.leader, self.members = leader, {child.pid: leader}
+        return self._children.expect(child.pid)
+
+    async def _watch(self, values: Values) -> str:
+        """Watches until the process must be considered hung; returns why."""
+        ready_at = 0.0 if self.spec.ready is not None else self._started
+        last_alive = self._started
+        last_text = ""
+        while True:
+            await asyncio.sleep(_PROBE_EVERY_S if not ready_at else max(_PROBE_EVERY_S, self.spec.alive_within_s / 10))
+            said = self.said.said
+            if said.failure and time.monotonic() - said.failed_at > _EXIT_AFTER_FAILURE_S:
+                return said.failure
+            answer = await self._ask(values, bool(ready_at))
+            now = time.monotonic()
+            if answer.alive:
+                last_alive = now
+            if not ready_at:
+                if answer.alive:
+                    ready_at = now
+                    self._report("ready", seconds=round(now - self._started, 3))
+                elif (limit := self.spec.ready_within_s) and now - self._started > limit:
+                    detail = answer.text or said.status
+                    return f"not ready within {limit:g} s" + (f": {detail}" if detail else "")
+                elif answer.text and answer.text != last_text:
+                    last_text = answer.text
+                    self._report("progress", text=answer.text)
+            elif hung := self._hung(answer, ready_at, last_alive):
+                return hung
+
+    async def _ask(self, values: Values, ready: bool) -> Answer:
+        probe = self.spec.ready
+        if probe is None or probe.kind == "notify":
+            return Answer(self.said.said.ready)
+        if ready and not self.spec.alive_within_s:
+            return Answer(True)
+        if probe.kind == "http":
+            return await ask_http(self._socket_path(values), probe.path or "/health")
+        target = values.fill(probe.target)
+        return await ask_gym(int(target) if target.isdigit() else values.ports[target], self._own_pids)
+
+    def _hung(self, answer: Answer, ready_at: float, last_alive: float) -> str:
+        if not self.spec.alive_within_s:
+            return ""
+        if self.spec.ready is None or self.spec.ready.kind == "notify":
+            return watchdog_overdue(self.said.said, ready_at, self.spec.alive_within_s)
+        silent = time.monotonic() - last_alive
+        if silent <= self.spec.alive_within_s:
+            return ""
+        return f"hung: no good answer for {silent:.0f} s (allowed: {self.spec.alive_within_s:g} s): {answer.text}"
+
+    def _socket_path(self, values: Values) -> Path:
+        assert self.spec.ready is not None
+        return self._private_dir / values.fill(self.spec.ready.target)
+
+    def _own_pids(self) -> set[int]:
+        self.look(tree.processes())
+        return set(self.members)
+
+    def look(self, table: Mapping[int, tree.Proc]) -> None:
+        """Takes note of what this life consists of now; called often, as an orphan no longer shows whose it is."""
+        known = {pid for pid, proc in self.members.items() if pid in table and table[pid].start == proc.start}
+        if self.leader is not None:
+            known.update(pid for pid, proc in table.items() if proc.session == self.leader.pid)
+        known.update(proc.pid for proc in tree.descendants(known, table))
+        self.members = {pid: table[pid] for pid in known}
+
+    def signal_leader(self, signum: int) -> None:
+        """Sends a signal to the main process only."""
+        if self.leader is not None:
+            tree.send([self.leader], signum)
+
+    async def stop(self, grace_s: float) -> None:
+        """SIGTERM to the process group; after `grace_s`, SIGKILL to everything that is left. Returns when nothing
+        is.
+        """
+        if self.leader is None:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.leader.pid, signal.SIGTERM)
+        # A stopped process would sleep through the grace.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.leader.pid, signal.SIGCONT)
+        deadline = time.monotonic() + grace_s
+        while time.monotonic() < deadline:
+            if not self._living():
+                return
+            await asyncio.sleep(0.05)
+        await self.kill()
+
+    async def kill(self) -> None:
+        """SIGKILL to everything of this life, until nothing is left or five seconds have passed."""
+        deadline = time.monotonic() + 5
+        while (living := self._living()) and time.monotonic() < deadline:
+            tree.send(living, signal.SIGKILL)
+            await asyncio.sleep(0.02)
+
+    def _living(self) -> list[tree.Proc]:
+        self.look(tree.processes())
+        return [proc for proc in self.members.values() if not proc.zombie]
+
+    async def _end(self, status: int, cpu_seconds: float, hung: str) -> End:
+        code = os.waitstatus_to_exitcode(status)
+        seconds = round(time.monotonic() - self._started, 3)
+        if self._stream is not None:
+            # Its last words; an orphan may hold the pipe open for longer.
+            await asyncio.to_thread(self._stream.ended.wait, 0.3)
+        name = signal.Signals(-code).name if code < 0 else None
+        cause = hung or self.said.said.failure
+        if not cause and code:
+            cause = self._cause(name)
+        return End(None if code < 0 else code, None if hung else name, cause, seconds, round(cpu_seconds, 3))
+
+    def _cause(self, killed_by: str | None) -> str:
+        text = cause_from_log(self.log)
+        if killed_by == "SIGKILL":
+            return "from outside, or by the kernel for lack of memory" + (f"; last words: {text}" if text else "")
+        return text
+
+    def _on_said(self, field: str) -> None:
+        said = self.said.said
+        if field == "status":
+            # A trainer may say it many times a second; a reader needs the last one, about once a second.
+            if self._status_due is None:
+                self._status_due = asyncio.get_running_loop().call_later(0.3, self._report_status)
+        elif field == "saving":
+            self._report("saving" if said.saving else "saved")
+        elif field == "failure":
+            self._report("complained", cause=said.failure)
+
+    def _report_status(self) -> None:
+        self._status_due = None
+        self._report("status", text=self.said.said.status)

@@ -1,0 +1,70 @@
+"""Decides from what was reported how an attempt ends. Pure bookkeeping: no clock, no network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from hpc_gym.node.causes import is_collateral
+from hpc_gym.protocol.attempt import STOPPED_AT_CHECKPOINT, Failure, Outcome
+
+Task = tuple[int, str]
+"""(rank of the node, name of the process)."""
+
+
+@dataclass
+class Verdict:
+    """What is known of the end of an attempt so far. `tasks`: every task of the plan."""
+
+    tasks: frozenset[Task]
+    ended: dict[Task, int] = field(default_factory=dict)
+    """Exit codes of tasks that ended well: 0, or stopped at a checkpoint."""
+    failures: list[Failure] = field(default_factory=list)
+    """In the order in which they were reported."""
+    lost: list[tuple[Failure, str]] = field(default_factory=list)
+    """Nodes that fell silent, with their host names."""
+    cancelled: str = ""
+    """Who asked for the end."""
+    checkpoint: str = ""
+    """Why tasks were asked to stop at a checkpoint."""
+    overdue: bool = False
+    """The time that was allowed for that checkpoint is over."""
+
+    def finished(self, tasks: Iterable[Task] | None = None) -> bool:
+        """Whether every task has ended well."""
+        return all(task in self.ended for task in (self.tasks if tasks is None else tasks))
+
+    def outcome(self) -> Outcome | None:
+        """How the attempt ends, None while it goes on.
+
+        A signal to the job explains whatever dies with it. A lost node explains failures that only say that a peer is
+        gone. Once tasks were told to stop at a checkpoint, the job is to be requeued whatever else dies: there may be
+        no time left.
+        """
+        stopped = STOPPED_AT_CHECKPOINT in self.ended.values()
+        if self.finished():
+            return (
+                Outcome("requeue", self.checkpoint or "a task stopped at a checkpoint")
+                if stopped
+                else Outcome("completed")
+            )
+        if self.cancelled:
+            return Outcome("cancelled", self.cancelled)
+        if self.checkpoint:
+            over = self.overdue or self.failures or self.lost
+            return Outcome("requeue", self.checkpoint, self._bad_hosts()) if over else None
+        first = next((failure for failure in self.failures if not is_collateral(failure.cause)), None)
+        if first is not None:
+            return Outcome("failed", failure=first)
+        if self.lost:
+            return Outcome("requeue", "a node was lost", self._bad_hosts(), self.lost[0][0])
+        if self.failures:
+            return Outcome("failed", failure=self.failures[0])
+        return None
+
+    def only_collateral(self) -> bool:
+        """Whether all that failed so far failed because something else is gone."""
+        return bool(self.failures) and all(is_collateral(failure.cause) for failure in self.failures)
+
+    def _bad_hosts(self) -> tuple[str, ...]:
+        return tuple(host for _, host in self.lost)
