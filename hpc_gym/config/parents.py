@@ -81,5 +81,7 @@ def _not_found(name: str, folders: list[Path]) -> str:
     )
     looked = ", ".join(display(root) for root in folders)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(repr(match) for match in close)}?" if close else f"there are: {', '.join(known)}."
+    hint = (
+        f"did you mean {' or '.join(repr(match) for match in close)}?" if close else f"there are: {', '.join(known)}."
+    )
     return f"not found in {looked}; {hint if known else 'nothing of that kind is there.'}"

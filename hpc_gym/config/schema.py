@@ -33,8 +33,6 @@ class Model(Section):
 
     path: _Text
     """Folder, or name on the hub (then it must be in the cache: a job never downloads)."""
-    tokenizer: _Text | None = None
-    """Folder or hub name of another tokenizer; null: the model's own."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Of vLLM and of the trainer alike."""
 
@@ -209,6 +207,8 @@ class Cluster(Section):
     """Shell lines that run first on every node."""
     env: dict[str, str]
     """Environment variables of every process."""
+    role_env: dict[Literal["rollout", "train", "judge", "environment"], dict[str, str]]
+    """More of them for the processes of one role; these win over hpc-gym's own."""
     network_interface: _Text | None
     scratch: _Text | None
     """Folder on the node for private files; its path should be short, for Unix sockets lie in it."""
@@ -225,9 +225,10 @@ class Supervision(Section):
     time_limit_margin_s: _Seconds
     vllm_ready_s: _Seconds
     gym_ready_s: _Seconds
-    trainer_ready_s: _Seconds
     alive_s: Annotated[float, Field(ge=0)]
-    """A service that answers no probe for so long counts as hung."""
+    """A service that answers no probe for so long counts as hung; 0: never."""
+    trainer_alive_s: Annotated[float, Field(ge=0)]
+    """A training rank that shows no sign of life for so long counts as hung; 0: never."""
     restarts: _Count
     """How often a service (vLLM, NeMo Gym, the rollout server) is started again in place."""
 

@@ -1,0 +1,210 @@
+"""Checks across the sections and roles of an experiment: each finding is a sentence at the key that should change."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from hpc_gym.config.problems import Problem, nearest
+from hpc_gym.config.schema import Experiment
+from hpc_gym.errors import UserError
+from hpc_gym.plan.processes import gpus_per_replica
+
+_HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+
+
+def role_problems(experiment: Experiment) -> list[Problem]:
+    """What the numbers of nodes, GPUs, replicas and ranks, and the settings that depend on them, say against each other."""
+    return [
+        *_reserved(experiment),
+        *_gpus(experiment),
+        *_lengths(experiment),
+        *_sampling(experiment),
+        *_evaluation(experiment),
+        *_weights(experiment),
+        *_containers(experiment),
+    ]
+
+
+def replicas_of(experiment: Experiment) -> int:
+    """vLLM servers per rollout node."""
+    if experiment.rollouts.replicas is not None:
+        return experiment.rollouts.replicas
+    return max(1, experiment.gpus_per_node // gpus_per_replica(experiment))
+
+
+def ranks_per_node(experiment: Experiment) -> int:
+    """Training ranks per training node."""
+    return experiment.ranks_per_node or max(1, experiment.gpus_per_node)
+
+
+def model_source(written: str, folder: Path) -> str:
+    """The model as vLLM and transformers are told it: the absolute folder, or the name on the hub.
+
+    Raises UserError when it is neither.
+    """
+    path = (folder / Path(written).expanduser()).resolve()
+    if path.is_dir():
+        missing = [what for what, found in _parts_of_model(path).items() if not found]
+        if missing:
+            raise UserError(f"the folder {path} is no model: it has no {' and no '.join(missing)}.")
+        return str(path)
+    if path.exists():
+        raise UserError(f"{path} is a file; a model is a folder with config.json, weights and a tokenizer.")
+    local = written.startswith((".", "/", "~"))
+    if not local and _HUB_NAME.fullmatch(written):
+        return written
+    raise UserError(
+        f"there is no folder {path}" + ("." if local else ", and it is no name on the hub either (ORGANIZATION/NAME).")
+    )
+
+
+def refuse_existing_run(run_dir: Path) -> None:
+    """Raises UserError when the run directory is there already: a run's results are never overwritten."""
+    if run_dir.exists():
+        raise UserError(
+            f"the run {run_dir.name} exists already ({run_dir}): choose another name with name=NAME, or remove that folder."
+        )
+
+
+def refuse_absent_hub_model(model: str, cache: Path) -> None:
+    """Raises UserError when `model` is a hub name that the cache (`HF_HOME/hub`) of this machine does not hold."""
+    if Path(model).is_absolute():
+        return
+    folder = cache / f"models--{model.replace('/', '--')}" / "snapshots"
+    if not any(folder.glob("*/config.json")):
+        raise UserError(
+            f"the model {model} is not in the cache {cache}, and a job never downloads: fetch it first "
+            f"(`hf download {model}`), or set model.path to a folder."
+        )
+
+
+def _parts_of_model(folder: Path) -> Mapping[str, bool]:
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    tokenizer = [folder / name for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")]
+    return {
+        "config.json": (folder / "config.json").is_file(),
+        "weights (*.safetensors)": bool(weights),
+        "tokenizer (tokenizer.json)": any(file.is_file() for file in tokenizer),
+    }
+
+
+def _reserved(experiment: Experiment) -> Iterable[Problem]:
+    if experiment.nodes.judge or experiment.judge is not None:
+        path = ("nodes", "judge") if experiment.nodes.judge else ("judge",)
+        yield Problem(
+            path, "the judge role is reserved and not served yet: verify without a judge model (leave it at 0, null)."
+        )
+    if experiment.nodes.environment:
+        yield Problem(
+            ("nodes", "environment"),
+            "nodes of their own for environments are reserved and not served yet: NeMo Gym runs on the rollout nodes (set 0).",
+        )
+    if experiment.max_staleness:
+        yield Problem(
+            ("max_staleness",),
+            f"{experiment.max_staleness} is reserved: training is strictly on-policy so far; allowed: 0.",
+        )
+    if experiment.weights.transfer == "adapter":
+        yield Problem(
+            ("weights", "transfer"), "'adapter' is reserved and not there yet; allowed: gloo, nccl, filesystem."
+        )
+
+
+def _gpus(experiment: Experiment) -> Iterable[Problem]:
+    gpus, device = experiment.gpus_per_node, experiment.runtimes.device
+    if device == "cpu" and gpus:
+        yield Problem(
+            ("gpus_per_node",), f"{gpus} GPUs, but runtimes.device is cpu: set it to 0, or the device to cuda."
+        )
+        return
+    if device == "cuda" and not gpus:
+        yield Problem(
+            ("gpus_per_node",),
+            "0 GPUs, but runtimes.device is cuda: say how many GPUs a node has, or set the device to cpu.",
+        )
+        return
+    if device == "cuda" and ranks_per_node(experiment) > gpus:
+        yield Problem(
+            ("ranks_per_node",),
+            f"{experiment.ranks_per_node} training ranks, but a node has {gpus} GPUs: one GPU per rank.",
+        )
+    size, replicas = gpus_per_replica(experiment), replicas_of(experiment)
+    if device == "cuda" and size * replicas > gpus:
+        parts = f"tensor_parallel_size x pipeline_parallel_size x data_parallel_size = {size} GPUs per vLLM"
+        key = ("vllm", "tensor_parallel_size") if size > gpus else ("rollouts", "replicas")
+        yield Problem(
+            key,
+            f"{parts}, times {replicas} on a rollout node, is {size * replicas}; a node has {gpus} (gpus_per_node).",
+        )
+
+
+def _lengths(experiment: Experiment) -> Iterable[Problem]:
+    length = experiment.vllm.get("max_model_len")
+    if not isinstance(length, int):
+        yield Problem(
+            ("vllm",), "max_model_len is missing: say how many tokens a whole rollout may have, prompt included."
+        )
+        return
+    for name, value in (
+        ("rollouts", experiment.rollouts.max_output_tokens),
+        ("evaluation", experiment.evaluation.max_output_tokens or 0),
+    ):
+        if value > length:
+            yield Problem(
+                (name, "max_output_tokens"), f"{value} tokens a turn do not fit into vllm.max_model_len = {length}."
+            )
+
+
+def _sampling(experiment: Experiment) -> Iterable[Problem]:
+    if experiment.rollouts.temperature == 0:
+        yield Problem(
+            ("rollouts", "temperature"),
+            "0 makes all rollouts of a group equal, and GRPO learns from their differences.",
+        )
+    if experiment.rollouts.top_p < 1 and experiment.on_policy_tolerance:
+        yield Problem(
+            ("rollouts", "top_p"),
+            f"{experiment.rollouts.top_p} cuts the distribution that vLLM samples, but not the trainer's, so "
+            "log-probabilities differ by more than on_policy_tolerance: set it to 1, or the tolerance to 0.",
+        )
+    if experiment.grpo.get("multi_objective_aggregation") == "normalize_then_sum":
+        yield Problem(
+            ("grpo", "multi_objective_aggregation"),
+            "'normalize_then_sum' would normalize each environment's reward by itself and count a failed rollout in; "
+            "allowed: 'sum_then_normalize'.",
+        )
+
+
+def _evaluation(experiment: Experiment) -> Iterable[Problem]:
+    wanted = experiment.evaluation.at_start or experiment.evaluation.at_end or experiment.evaluation.every
+    if wanted and not experiment.data.eval:
+        yield Problem(("evaluation",), "asks for an evaluation, but data.eval names no rows: list held-out rows there.")
+    for kind, sources in (("train", experiment.data.train), ("eval", experiment.data.eval)):
+        for index, source in enumerate(sources):
+            if source.environment not in experiment.environments:
+                yield Problem(
+                    ("data", kind, index, "environment"),
+                    f"'{source.environment}' is not configured; {nearest(source.environment, experiment.environments)} "
+                    "Add it under environments, or extend environments/NAME.",
+                )
+
+
+def _weights(experiment: Experiment) -> Iterable[Problem]:
+    if experiment.weights.transfer == "nccl" and experiment.runtimes.device == "cpu":
+        yield Problem(("weights", "transfer"), "'nccl' needs GPUs; allowed on CPUs: gloo, filesystem.")
+
+
+def _containers(experiment: Experiment) -> Iterable[Problem]:
+    container = experiment.cluster.runtime
+    if container.kind in ("apptainer", "pyxis"):
+        for role in ("inference", "gym", "train"):
+            if role not in container.images:
+                yield Problem(
+                    ("cluster", "runtime", "images"), f"names no image for '{role}', which kind {container.kind} needs."
+                )
+    if container.kind == "modules" and not container.modules:
+        yield Problem(
+            ("cluster", "runtime", "modules"), "is empty, but kind modules loads environment modules: list them."
+        )

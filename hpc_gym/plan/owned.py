@@ -1,0 +1,154 @@
+"""Options of vLLM, TRL and DeepSpeed that hpc-gym sets itself: each with the reason, and what to write instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_SOCKET = "vLLM listens on a Unix socket in a private directory: in dev mode it must not be reachable"
+_WEIGHTS = "the trainer's weights reach vLLM through hpc-gym's own extension; weights.transfer says how they travel"
+_SAMPLING = "the rollout servers sample, not TRL: set it in the section rollouts"
+_HUB = "a job never uploads: the trained model is in the run directory"
+_DATA = "hpc-gym owns the order of the rows, so that a resume goes on with the next one"
+_SAVES = "checkpoints fall where a generation batch ends: set the section checkpoints"
+_EVALUATION = "set the section evaluation: held-out rows run in their environments, not through TRL"
+_VLLM = "hpc-gym connects the trainer to vLLM: the sections vllm and rollouts say how it runs"
+_MODEL = "set model.path"
+_DTYPE = "set model.dtype: vLLM and the trainer must use the same"
+_BATCH = "it follows from the section grpo"
+
+VLLM: Mapping[str, str] = {
+    "model": _MODEL,
+    "model_tag": _MODEL,
+    "tokenizer": "model.path holds the tokenizer too, for vLLM and the trainer must use the same",
+    "dtype": _DTYPE,
+    "seed": "set seed at the top of the experiment",
+    "served_model_name": "NeMo Gym and the trainer know the model by hpc-gym's name for it",
+    "host": _SOCKET,
+    "port": _SOCKET,
+    "uds": _SOCKET,
+    "api_key": _SOCKET,
+    "ssl_keyfile": _SOCKET,
+    "ssl_certfile": _SOCKET,
+    "ssl_ca_certs": _SOCKET,
+    "root_path": _SOCKET,
+    "headless": "one vLLM runs on one node: set rollouts.replicas and nodes.rollout",
+    "nnodes": "one vLLM runs on one node: set rollouts.replicas and nodes.rollout",
+    "node_rank": "one vLLM runs on one node: set rollouts.replicas and nodes.rollout",
+    "master_addr": "one vLLM runs on one node: set rollouts.replicas and nodes.rollout",
+    "master_port": "one vLLM runs on one node: set rollouts.replicas and nodes.rollout",
+    "worker_extension_cls": _WEIGHTS,
+    "weight_transfer_config": _WEIGHTS,
+    "enable_scale_out": "the rollout server needs vLLM's render, generate and derender endpoints",
+    "generation_config": "a model folder's sampling defaults would make vLLM sample another distribution than the trainer assumes",
+    "logprobs_mode": "the trainer compares its log-probabilities with those of the distribution that was sampled",
+    "config": "write the options into the section vllm",
+}
+
+GRPO: Mapping[str, str] = {
+    "output_dir": "checkpoints and the model go into the run directory",
+    "logging_dir": "logs go into the run directory",
+    "overwrite_output_dir": "a run directory belongs to one run",
+    "run_name": "set name, or tracking.wandb.name",
+    "use_vllm": _VLLM,
+    **{
+        f"vllm_{name}": _VLLM
+        for name in (
+            "mode",
+            "model_impl",
+            "server_base_url",
+            "server_host",
+            "server_port",
+            "server_timeout",
+            "group_port",
+            "enable_sleep_mode",
+            "structured_outputs_regex",
+            "gpu_memory_utilization",
+            "max_model_length",
+            "tensor_parallel_size",
+        )
+    },
+    "vllm_importance_sampling_correction": "hpc-gym turns it on where the data may be older than the weights (max_staleness)",
+    "deepspeed": "set the section deepspeed",
+    "fsdp": "hpc-gym trains with DeepSpeed: set the section deepspeed",
+    "fsdp_config": "hpc-gym trains with DeepSpeed: set the section deepspeed",
+    "accelerator_config": "hpc-gym starts the ranks itself",
+    "parallelism_config": "TRL's GRPO trains without sequence parallelism",
+    "local_rank": "hpc-gym starts the ranks itself",
+    "ddp_backend": "it follows from runtimes.device",
+    "use_cpu": "set runtimes.device",
+    "no_cuda": "set runtimes.device",
+    "seed": "set seed at the top of the experiment",
+    "data_seed": _DATA,
+    "shuffle_dataset": _DATA,
+    "remove_unused_columns": _DATA,
+    "dataloader_drop_last": _DATA,
+    "ignore_data_skip": _DATA,
+    "group_by_length": _DATA,
+    "num_train_epochs": f"{_DATA}: set grpo.max_steps",
+    "max_prompt_length": "prompts are rendered by vLLM: set vllm.max_model_len",
+    "temperature": _SAMPLING,
+    "top_p": _SAMPLING,
+    "top_k": "it would make vLLM sample another distribution than the trainer's log-probabilities are of",
+    "min_p": "it would make vLLM sample another distribution than the trainer's log-probabilities are of",
+    "repetition_penalty": "it would make vLLM sample another distribution than the trainer's log-probabilities are of",
+    "generation_kwargs": _SAMPLING,
+    "chat_template_kwargs": "vLLM renders the chats: set vllm.default_chat_template_kwargs",
+    "cache_implementation": _SAMPLING,
+    "use_transformers_paged": _SAMPLING,
+    "use_transformers_continuous_batching": _SAMPLING,
+    "bf16": _DTYPE,
+    "fp16": _DTYPE,
+    "bf16_full_eval": _EVALUATION,
+    "fp16_full_eval": _EVALUATION,
+    "half_precision_backend": _DTYPE,
+    "auto_find_batch_size": "TRL refuses it for GRPO: a smaller batch would cut groups",
+    "do_train": "the job trains",
+    "do_eval": _EVALUATION,
+    "do_predict": _EVALUATION,
+    "eval_strategy": _EVALUATION,
+    "eval_steps": _EVALUATION,
+    "eval_delay": _EVALUATION,
+    "eval_on_start": _EVALUATION,
+    "eval_accumulation_steps": _EVALUATION,
+    "per_device_eval_batch_size": _EVALUATION,
+    "num_generations_eval": "set evaluation.num_rollouts",
+    "load_best_model_at_end": _SAVES,
+    "metric_for_best_model": _SAVES,
+    "greater_is_better": _SAVES,
+    "save_strategy": _SAVES,
+    "save_steps": _SAVES,
+    "save_total_limit": "set checkpoints.keep",
+    "save_only_model": "a resume needs the whole state",
+    "save_on_each_node": "the run directory is on storage that all nodes share",
+    "restore_callback_states_from_checkpoint": "hpc-gym resumes by itself",
+    "resume_from_checkpoint": "hpc-gym resumes by itself, at the newest checkpoint that is whole",
+    "reward_weights": "each environment's reward counts once: set the weights of data.train",
+    "report_to": "set the section tracking",
+    "project": "set tracking.wandb.project",
+    "logging_strategy": "every step is logged",
+    "logging_steps": "every step is logged",
+    "logging_first_step": "every step is logged",
+    "dataloader_num_workers": "rows are read by the rollout function",
+    "ddp_timeout": "it follows from the environments' timeout_s",
+    "disable_tqdm": "`hpc-gym status` shows the progress",
+    "log_completions_hub_repo": _HUB,
+    "push_to_hub": _HUB,
+    "hub_model_id": _HUB,
+    "hub_strategy": _HUB,
+    "hub_token": _HUB,
+    "hub_private_repo": _HUB,
+    "hub_always_push": _HUB,
+    "hub_revision": _HUB,
+}
+
+DEEPSPEED: Mapping[str, str] = {
+    "train_batch_size": _BATCH,
+    "train_micro_batch_size_per_gpu": _BATCH,
+    "gradient_accumulation_steps": _BATCH,
+    "gradient_clipping": "set grpo.max_grad_norm",
+    "bf16": _DTYPE,
+    "fp16": _DTYPE,
+    "wandb": "set the section tracking",
+}
+
+ZERO_STAGE = "set deepspeed.zero_stage"

@@ -1,0 +1,234 @@
+"""The processes of each kind of node, as data. What exists only once a job runs stands as a placeholder, see `plan.plan`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hpc_gym.config.schema import Experiment
+from hpc_gym.plan.nemo_gym import POLICY_CONFIG
+from hpc_gym.plan.plan import ConfigFile, Probe, Process
+
+MODEL_NAME = "policy"
+"""What vLLM and NeMo Gym call the model that is trained."""
+BASE = "base"
+"""Name of the runtime that hpc-gym itself is installed in."""
+
+# What a laptop can spare; vLLM would take most of the memory that is free.
+_CPU_KV_CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names of the runtimes by what runs in them."""
+
+    inference: str
+    gym: str
+    train: str
+
+
+def rollout_processes(
+    experiment: Experiment,
+    names: Names,
+    index: int,
+    model: str,
+    replicas: int,
+    gym_yaml: str,
+    config_paths: Sequence[str],
+) -> tuple[Process, ...]:
+    """vLLM replicas, NeMo Gym and the rollout server of rollout node `index`. All start at once."""
+    return (
+        *(_vllm(experiment, names, replica, model) for replica in range(replicas)),
+        _gym(experiment, names, gym_yaml, config_paths),
+        _rollout_server(experiment, index),
+    )
+
+
+def train_processes(experiment: Experiment, names: Names, index: int, ranks: int) -> tuple[Process, ...]:
+    """The ranks of training node `index`, `ranks` per node."""
+    return tuple(
+        Process(
+            name=f"rank-{index * ranks + local}",
+            role="train",
+            kind="task",
+            runtime=names.train,
+            argv=("{python}", "-m", "hpc_gym.training.grpo", "--run-dir", "{run_dir}"),
+            env=_trainer_env(experiment, index * ranks + local, local, ranks),
+            ports=("train-master",) if index == local == 0 else (),
+            # It is ready when the rollout servers are, which have deadlines of their own.
+            ready=Probe(kind="notify"),
+            alive_within_s=experiment.supervision.trainer_alive_s,
+        )
+        for local in range(ranks)
+    )
+
+
+def vllm_flags(options: Mapping[str, Any]) -> list[str]:
+    """`vllm serve` options as arguments, in order of name: `max_model_len: 5` becomes `--max-model-len 5`."""
+    flags = []
+    for name, value in sorted(options.items()):
+        flag = name.replace("_", "-")
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
+            flags += [f"--{flag}", json.dumps(value, sort_keys=True)]
+        elif isinstance(value, list):
+            flags += [f"--{flag}", *map(str, value)]
+        else:
+            flags += [f"--{flag}", str(value)]
+    return flags
+
+
+def vllm_options(experiment: Experiment) -> dict[str, Any]:
+    """The user's vLLM options with what follows from the rest of the experiment."""
+    options: dict[str, Any] = {
+        "dtype": experiment.model.dtype,
+        "seed": experiment.seed,
+        # Sampling defaults of a model folder must not change what the trainer believes was sampled.
+        "generation_config": "vllm",
+        # Log-probabilities after temperature: those of the distribution that tokens were drawn from.
+        "logprobs_mode": "processed_logprobs",
+        **experiment.vllm,
+    }
+    if "tool_call_parser" in options:
+        options.setdefault("enable_auto_tool_choice", True)
+    if experiment.runtimes.device == "cpu":
+        options.setdefault("kv_cache_memory_bytes", _CPU_KV_CACHE_BYTES)
+    return options
+
+
+def gpus_per_replica(experiment: Experiment) -> int:
+    """GPUs that one vLLM takes."""
+    sizes = (
+        experiment.vllm.get(name) or 1
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+    )
+    product = 1
+    for size in sizes:
+        product *= int(size)
+    return product
+
+
+def _vllm(experiment: Experiment, names: Names, replica: int, model: str) -> Process:
+    socket = f"vllm-{replica}.sock"
+    env = {
+        **_network_env(),
+        # The control endpoints for weight updates; nobody but us can reach the socket in the private directory.
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_RPC_BASE_PATH": "{private_dir}",
+    }
+    if experiment.runtimes.device == "cpu":
+        # vLLM's own binding leaves a core to its API server and takes the rest, whatever else runs there.
+        env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    else:
+        size = gpus_per_replica(experiment)
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in range(replica * size, (replica + 1) * size))
+    argv = [
+        *("vllm", "serve", model, "--uds", f"{{private_dir}}/{socket}", "--served-model-name", MODEL_NAME),
+        "--enable-scale-out",
+        *("--worker-extension-cls", "hpc_gym.weights.worker.WorkerExtension"),
+        *("--weight-transfer-config", json.dumps({"backend": "hpc_gym"})),
+        *vllm_flags(vllm_options(experiment)),
+    ]
+    return Process(
+        name=f"vllm-{replica}",
+        role="rollout",
+        kind="service",
+        runtime=names.inference,
+        argv=tuple(argv),
+        env=_role_env(experiment, "rollout", env),
+        ready=Probe(kind="http", target=socket, path="/health"),
+        ready_within_s=experiment.supervision.vllm_ready_s,
+        alive_within_s=experiment.supervision.alive_s,
+        restarts=experiment.supervision.restarts,
+    )
+
+
+def _gym(experiment: Experiment, names: Names, text: str, config_paths: Sequence[str]) -> Process:
+    own = "{attempt_dir}/gym/{node}.yaml"
+    # Later configurations win: ours comes last. Quoted as Hydra's override grammar wants it.
+    paths = ",".join(f"'{path}'" for path in (POLICY_CONFIG, *config_paths, own))
+    env = {
+        # Ray binds to loopback only with this switch (ray 2.60); its sockets need a short path.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_TMPDIR": "{private_dir}",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    argv = (
+        *("gym", "env", "start", f"+config_paths=[{paths}]"),
+        # Hydra writes a folder of its own wherever it is started.
+        *("hydra.run.dir={private_dir}/hydra", "hydra.output_subdir=null"),
+    )
+    return Process(
+        name="gym",
+        role="rollout",
+        kind="service",
+        runtime=names.gym,
+        argv=argv,
+        env=_role_env(experiment, "rollout", env),
+        files=(ConfigFile(own, text),),
+        ports=("gym-head", "gym*100"),
+        ready=Probe(kind="gym", target="gym-head"),
+        ready_within_s=experiment.supervision.gym_ready_s,
+        alive_within_s=experiment.supervision.alive_s,
+        restarts=experiment.supervision.restarts,
+    )
+
+
+def _rollout_server(experiment: Experiment, index: int) -> Process:
+    endpoint = f"rollout-{index}"
+    argv = (
+        *("{python}", "-m", "hpc_gym.rollout.server", "--run-dir", "{run_dir}", "--node", "{node}"),
+        *("--fd", f"{{fd:{endpoint}}}", "--policy-port", "{port:policy}", "--gym-port", "{port:gym-head}"),
+        *("--private-dir", "{private_dir}", "--secrets", "{secrets}"),
+    )
+    return Process(
+        name="rollout-server",
+        role="rollout",
+        kind="service",
+        runtime=BASE,
+        argv=argv,
+        env=_role_env(experiment, "rollout", {}),
+        ports=("policy",),
+        listen=(endpoint,),
+        ready=Probe(kind="notify"),
+        # It is ready when vLLM and NeMo Gym are, so it may take as long as the slower one.
+        ready_within_s=max(experiment.supervision.vllm_ready_s, experiment.supervision.gym_ready_s),
+        alive_within_s=experiment.supervision.alive_s,
+        restarts=experiment.supervision.restarts,
+    )
+
+
+def _trainer_env(experiment: Experiment, rank: int, local: int, ranks: int) -> dict[str, str]:
+    env = {
+        **_network_env(),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(local),
+        "WORLD_SIZE": str(experiment.nodes.train * ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "{host:train-master}",
+        "MASTER_PORT": "{portof:train-master}",
+        "HPC_GYM_ROLLOUT_SERVERS": "{endpoints:rollout}",
+        "HPC_GYM_SECRETS": "{secrets}",
+        "HPC_GYM_ATTEMPT": "{attempt}",
+        "TOKENIZERS_PARALLELISM": "false",
+        "WANDB_MODE": experiment.tracking.wandb.mode if experiment.tracking.wandb else "disabled",
+        "WANDB_DIR": "{run_dir}",
+    }
+    if experiment.runtimes.device == "cpu":
+        env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return _role_env(experiment, "train", env)
+
+
+def _network_env() -> dict[str, str]:
+    return {"GLOO_SOCKET_IFNAME": "{interface}", "NCCL_SOCKET_IFNAME": "{interface}"}
+
+
+def _role_env(experiment: Experiment, role: Any, env: Mapping[str, str]) -> dict[str, str]:
+    return {**env, **experiment.cluster.role_env.get(role, {})}
