@@ -1,7 +1,7 @@
 """The demo's rows: questions for two environments that ship with NeMo Gym, and which of them are held out.
 
 * `reasoning_gym`: chain_sum with three one-digit terms, in the row format of the environment's own `example.jsonl`. All
-  4,000 questions there are: reasoning-gym 0.1.25 draws them with repetition, so two seeds of its generator would overlap.
+  4,000 questions that exist: reasoning-gym 0.1.25 draws with repetition, so two seeds of its generator would overlap.
 * `example_session_state_mgmt`: "add X then add Y then get the count" over a counter that the environment keeps, X and Y
   from 1 to 30, starting at 0 to 20.
 

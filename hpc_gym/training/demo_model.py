@@ -2,12 +2,12 @@
 
     python -m hpc_gym.training.demo_model --out DIR --seed S --threads N
 
-Reinforcement learning can only sharpen what a policy sometimes does, so the model first learns from demonstrations. Half
-of them carry one deliberate bad habit per environment: chain_sum is answered by a sentence, where the verifier gives full
-marks to the bare number only, and the second addition of the counter is skipped. GRPO mostly unlearns these habits.
+Reinforcement learning can only sharpen what a policy sometimes does, so the model first learns from demonstrations.
+Half of them carry one deliberate bad habit per environment: chain_sum is answered by a sentence, where the verifier
+gives full marks to the bare number only, and the second addition of the counter is skipped. GRPO mostly unlearns these.
 
-The tokenizer is trained on what the chat template renders, so that the preamble for tools, hundreds of bytes long, is a
-few tokens. Progress goes to stdout as JSON lines: `{"stage": "tokenizer|train|saved", "step", "steps", "seconds", ...}`.
+The tokenizer is trained on what the chat template renders, so that the preamble for tools, hundreds of bytes long, is
+a few tokens. Progress goes to stdout as JSON lines: `{"stage": "tokenizer|train|saved", "step", "steps", "seconds"}`.
 """
 
 from __future__ import annotations
