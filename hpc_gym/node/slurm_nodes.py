@@ -1,0 +1,164 @@
+"""`python -m hpc_gym.node.slurm_nodes RUN_DIR srun ...`: the end of the batch script. Runs the srun, and ends the Slurm
+job as the attempt ended.
+
+srun alone would not do: it waits for the tasks of a node that has died until Slurm itself gives the node up
+(SlurmdTimeout, five minutes by default). So the coordinator's outcome counts, and srun gets a few seconds after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from hpc_gym.node import attempt as attempts
+from hpc_gym.node import scontrol
+from hpc_gym.node.channel import Refused, connect
+from hpc_gym.node.context import NodeContext
+from hpc_gym.plan.plan import Plan
+from hpc_gym.protocol.attempt import Failure, Outcome
+
+_SRUN_MAY_TAKE_S = 3.0
+"""From the outcome to the end of srun, when all nodes live."""
+_OUTCOME_MAY_TAKE_S = 5.0
+"""From the end of srun until its outcome is seen: the file comes from another process, perhaps through a file server."""
+_LOST_NODES_ALLOWED = 2
+"""Attempts that may follow one another because a node was lost."""
+_OWN_END = {
+    "TIMEOUT": "the time limit was reached",
+    "NODE_FAIL": "Slurm saw a node fail",
+    "PREEMPTED": "the job was preempted",
+}
+"""What Slurm ends a job for by itself, without asking."""
+
+
+class SlurmNodes:
+    """One attempt under Slurm. Made in the main thread: it takes the signals that Slurm sends to the batch script."""
+
+    def __init__(self, run_dir: Path, command: Sequence[str]) -> None:
+        self._plan = Plan.read(run_dir)
+        self._command = command
+        self._job_id = os.environ["HPC_GYM_JOB_ID"]
+        self._context = NodeContext.from_environment(run_dir, Path(), {**os.environ, "HPC_GYM_NODE_RANK": "0"})
+        self._to_forward: list[str] = []
+        for signum in (signal.SIGUSR2, signal.SIGINT):
+            signal.signal(signum, self._note)
+        # The supervisors got it as well, and decide; this process must live to say how it ended, and to requeue.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def run(self) -> Outcome:
+        """Runs srun and returns the outcome of the attempt."""
+        srun = subprocess.Popen(
+            self._command,
+            stdin=subprocess.DEVNULL,
+            # A signal to this process's group must not reach it: srun ends all tasks on SIGTERM.
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL),
+        )
+        known_since = 0.0
+        while srun.poll() is None:
+            if self._to_forward and self._forward(self._to_forward[0]):
+                self._to_forward.pop(0)
+            if not known_since and Outcome.read(self._context.attempt_dir) is not None:
+                known_since = time.monotonic()
+            if known_since and time.monotonic() - known_since > _SRUN_MAY_TAKE_S:
+                srun.kill()
+            time.sleep(0.1)
+        return self._outcome(srun.returncode)
+
+    def end(self, outcome: Outcome) -> int:
+        """Does to the Slurm job what the outcome asks for; the exit code where there is still a job to exit from."""
+        if outcome.kind == "requeue" and outcome.failure and self._lost_in_a_row() > _LOST_NODES_ALLOWED:
+            outcome = Outcome("failed", failure=outcome.failure, exclude=outcome.exclude)
+            outcome.write(self._plan.run_dir, self._context.attempt_dir)
+        print(outcome.sentence(), flush=True)
+        if outcome.kind == "requeue":
+            if refusal := scontrol.requeue(self._job_id, self._excluded()):
+                print(f"Slurm does not requeue job {self._job_id}: {refusal}", flush=True)
+                print(f"`hpc-gym resume {self._plan.name}` goes on from the last checkpoint", flush=True)
+            return outcome.exit_code
+        attempts.end(Path(self._plan.run_dir))
+        if outcome.kind == "cancelled" and scontrol.standing(self._job_id).state == "RUNNING":
+            scontrol.cancel(self._job_id)
+        return outcome.exit_code
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self._to_forward.append(signal.Signals(number).name)
+
+    def _forward(self, name: str) -> bool:
+        """Tells the coordinator of a signal; False while it cannot be reached."""
+
+        async def tell() -> None:
+            host, port = self._context.coordinator
+            channel = await connect(host, port, self._context.secrets.token, {"guardian": True})
+            channel.send({"type": "signal", "signal": name})
+            await channel.close()
+
+        try:
+            asyncio.run(tell())
+        except (OSError, TimeoutError, Refused):
+            return False
+        return True
+
+    def _outcome(self, srun_code: int) -> Outcome:
+        deadline = time.monotonic() + _OUTCOME_MAY_TAKE_S
+        while (outcome := Outcome.read(self._context.attempt_dir)) is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if outcome is not None and outcome.kind != "cancelled":
+            return outcome
+        # SIGTERM is all that a job hears when Slurm itself ends it: what for, Slurm knows.
+        state = scontrol.standing(self._job_id).state
+        if state in ("PENDING", "NODE_FAIL", "PREEMPTED", "REQUEUED"):
+            corrected = Outcome("requeue", _OWN_END.get(state, "Slurm queues the job again"))
+        elif state == "TIMEOUT":
+            corrected = Outcome("failed", failure=self._failure(_OWN_END[state]))
+        elif state == "CANCELLED":
+            corrected = Outcome("cancelled", "the job was cancelled in Slurm")
+        elif outcome is not None:
+            return outcome
+        else:
+            corrected = Outcome(
+                "failed", failure=self._failure("srun ended without an outcome of the attempt", srun_code)
+            )
+        corrected.write(self._plan.run_dir, self._context.attempt_dir)
+        return corrected
+
+    def _failure(self, cause: str, code: int | None = None) -> Failure:
+        log = f"{self._plan.run_dir}/submitit/{self._job_id}_batch.out"
+        node = self._plan.nodes[0]
+        return Failure(node.role, node.name, "srun", cause, log, self._context.attempt, time.time(), code)
+
+    def _lost_in_a_row(self) -> int:
+        """How many attempts, up to this one, ended one after the other because a node was lost."""
+        number = self._context.attempt
+        while number > 0:
+            outcome = Outcome.read(self._context.attempt_dir.with_name(str(number)))
+            if outcome is None or outcome.kind != "requeue" or outcome.failure is None:
+                break
+            number -= 1
+        return self._context.attempt - number
+
+    def _excluded(self) -> list[str]:
+        """Hosts that the next attempt is to do without: the bad ones of all attempts, and the profile's own."""
+        folder = self._context.attempt_dir.parent
+        outcomes = [Outcome.read(folder / str(number)) for number in range(1, self._context.attempt + 1)]
+        hosts = [host for outcome in outcomes if outcome for host in outcome.exclude if host]
+        if not hosts:
+            return []
+        return list(dict.fromkeys([*scontrol.excluded(self._job_id), *hosts]))
+
+
+def main() -> int:
+    """Returns the exit code of the batch script, which is the job's."""
+    nodes = SlurmNodes(Path(sys.argv[1]), sys.argv[2:])
+    return nodes.end(nodes.run())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
