@@ -78,12 +78,12 @@ def terminate(record: JobRecord) -> bool:
 
 def processes(record: JobRecord) -> list[tree.Proc]:
     """This user's living processes on this host that belong to the job."""
-    script, process = f"{JOB_ID}={record.job_id}".encode(), f"{tree.MARKER}={record.job_id} ".encode()
+    marks = {f"{JOB_ID}={record.job_id}".encode(), f"HPC_GYM_RUN_DIR={record.run_dir}".encode()}
     found = []
     for proc in tree.processes().values():
         with contextlib.suppress(OSError):
-            environment = Path(f"/proc/{proc.pid}/environ").read_bytes().split(b"\0")
-            if not proc.zombie and any(entry == script or entry.startswith(process) for entry in environment):
+            environment = Path(f"/proc/{proc.pid}/environ").read_bytes()
+            if not proc.zombie and not marks.isdisjoint(environment.split(b"\0")):
                 found.append(proc)
     return found
 

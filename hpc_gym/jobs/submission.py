@@ -14,7 +14,6 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_gym.errors import UserError
@@ -22,24 +21,10 @@ from hpc_gym.jobs import local, slurm
 from hpc_gym.jobs.manifest import manifest
 from hpc_gym.jobs.records import JobRecord, remember_runs_folder
 from hpc_gym.jobs.rendering import render
+from hpc_gym.jobs.request import Request, refuse_existing
 from hpc_gym.jobs.snapshot import snapshot
+from hpc_gym.node.attempt import SUBMITTED
 from hpc_gym.plan.plan import Plan
-
-SECRETS = "environment.json"
-"""In `secrets/`: the secret environment variables by name, taken over into every attempt's secrets file."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """A Plan to be submitted, and what is kept beside it for the reader."""
-
-    plan: Plan
-    experiment: str
-    """What the user named: a file or the name of a shipped experiment."""
-    resolved: str
-    """The resolved experiment as YAML."""
-    cluster: str
-    argv: tuple[str, ...] = ()
 
 
 def submit_request(request: Request, dump: Callable[[Path], None]) -> JobRecord:
@@ -77,15 +62,6 @@ def submit_request(request: Request, dump: Callable[[Path], None]) -> JobRecord:
         raise
     remember_runs_folder(run_dir.parent)
     return record
-
-
-def refuse_existing(plan: Plan) -> None:
-    """Raises UserError when the run directory of `plan` exists."""
-    if Path(plan.run_dir).exists():
-        raise UserError(
-            f"the run '{plan.name}' exists: {plan.run_dir}. Choose another name (name=... on the command line), "
-            "or remove that directory when nothing in it is wanted."
-        )
 
 
 def _make_run_directory(request: Request, dump: Callable[[Path], None], job_id: str) -> None:
@@ -132,9 +108,9 @@ def _write_secrets(folder: Path, plan: Plan) -> None:
     """The values of the secret environment variables that are set here, mode 0600 in a 0700 folder."""
     folder.mkdir(mode=0o700)
     values = {name: os.environ[name] for name in plan.secrets if name in os.environ}
-    descriptor = os.open(folder / SECRETS, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    descriptor = os.open(folder / SUBMITTED, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
-        json.dump(values, file)
+        json.dump({"env": values}, file)
 
 
 def _undo(run_dir: Path, plan: Plan, job_id: str) -> None:

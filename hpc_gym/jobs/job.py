@@ -1,0 +1,173 @@
+"""A submitted job: submitit's `Job`, which knows its run directory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from submitit.core.core import Job
+from submitit.core.utils import FailedJobError, UncompletedJobError
+
+from hpc_gym.errors import UserError
+from hpc_gym.jobs import records
+from hpc_gym.jobs.cancellation import cancel
+from hpc_gym.jobs.log_files import Selection, refuse_unknown
+from hpc_gym.jobs.logs import errors, logs
+from hpc_gym.jobs.records import JobRecord
+from hpc_gym.jobs.state import has_ended, job_state, last_outcome
+
+if TYPE_CHECKING:
+    from hpc_gym.jobs.status import Status
+
+_ASK_SLURM_EVERY_S = 5.0
+
+
+class HpcgymJob(Job[dict[str, Any]]):
+    """A job of hpc-gym, as submitit's futures are. Its tasks are the nodes of the job, by rank.
+
+    The job has ended when its state says so, not when some task's result file exists: after a requeue those of an
+    earlier attempt are still there.
+    """
+
+    def __init__(self, folder: Path | str, job_id: str, tasks: Sequence[int] = (0,)) -> None:
+        self._record: JobRecord | None = None
+        self._state = "UNKNOWN"
+        self._asked = float("-inf")
+        super().__init__(folder, job_id, tasks)
+
+    @classmethod
+    def of(cls, record: JobRecord) -> HpcgymJob:
+        """The job of a record."""
+        job = cls(Path(record.run_dir) / "submitit", record.job_id, tuple(range(record.nodes)))
+        job._record = record
+        return job
+
+    @classmethod
+    def find(cls, job: str = "latest") -> HpcgymJob:
+        """The job with that job id, run name or run directory, or the latest. Raises UserError when there is none."""
+        return cls.of(records.find(job))
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.paths.folder).parent
+
+    @property
+    def record(self) -> JobRecord:
+        if self._record is None:
+            self._record = JobRecord.read(self.run_dir)
+        return self._record
+
+    def _register_in_watcher(self) -> None:
+        """There is nothing to register: states come from files, the process or the queue."""
+
+    @property
+    def state(self) -> str:
+        """The job's state in Slurm's words, right from any process; Slurm is asked every few seconds at most."""
+        return self._refreshed(force=False)
+
+    def _refreshed(self, force: bool) -> str:
+        every = 0.0 if force or self.record.kind == "local" else _ASK_SLURM_EVERY_S
+        if not has_ended(self._state) and time.monotonic() - self._asked >= every:
+            self._state, self._asked = job_state(self.record), time.monotonic()
+        return self._state
+
+    def get_info(self, mode: str = "force") -> dict[str, str]:
+        return {"JobID": self.job_id, "State": self._refreshed(force=mode == "force"), "WorkDir": str(self.run_dir)}
+
+    def done(self, force_check: bool = False) -> bool:
+        return has_ended(self._refreshed(force_check))
+
+    def wait(self) -> None:
+        """Waits until the job has ended."""
+        while not self.done():
+            time.sleep(0.2)
+
+    def result(self) -> dict[str, Any]:
+        """Waits, and says `outcome`, `steps` (how far training came), `attempts` and `run_dir`.
+
+        Raises FailedJobError with the first cause when the job failed, UncompletedJobError when it was cancelled.
+        """
+        error = self.exception()
+        if error is not None:
+            raise error
+        status = self.status()
+        return {
+            "outcome": "completed",
+            "steps": status.step,
+            "attempts": status.attempt,
+            "run_dir": str(self.run_dir),
+        }
+
+    def results(self) -> list[dict[str, Any]]:
+        """As `result`, once per node."""
+        return [self.result() for _ in self._tasks]
+
+    def exception(self) -> UncompletedJobError | FailedJobError | None:
+        """Waits; the first cause of the job's failure, None when it completed."""
+        self.wait()
+        if self._state == "COMPLETED":
+            return None
+        outcome = last_outcome(self.run_dir)
+        told = outcome.sentence() if outcome else self._without_outcome()
+        kind = FailedJobError if self._state == "FAILED" else UncompletedJobError
+        return kind(f"job {self.job_id} ({self.run_dir}): {told}")
+
+    def _without_outcome(self) -> str:
+        """What can be said of a job that ended before an attempt could say how."""
+        text = self.stdout() or ""
+        lines = [line for line in text.splitlines() if line.strip()]
+        told = f"; its script's last words: {' / '.join(lines[-3:])}" if lines else ""
+        return f"{self._state} without an outcome{told} (log: {self.paths.stdout})"
+
+    def cancel(self, check: bool = True) -> None:
+        """Stops the job in good order; with `check`, waits until nothing of it is left. Raises UserError otherwise."""
+        outcome = cancel(self.record, wait=check)
+        if check and not outcome.gone:
+            raise UserError(outcome.sentence)
+
+    def stdout(self) -> str | None:
+        """What the job script wrote, which ends with how the job ended; None before it began."""
+        name = "batch.out" if self.record.kind == "slurm" else "0_log.out"
+        try:
+            return (self.run_dir / "submitit" / f"{self.job_id}_{name}").read_text(errors="replace")
+        except FileNotFoundError:
+            return None
+
+    def logs(
+        self,
+        *,
+        role: str | None = None,
+        node: str | None = None,
+        process: str | None = None,
+        attempt: int | None = None,
+        errors_only: bool = False,
+        follow: bool = False,
+    ) -> Iterator[str]:
+        """The lines of all log files, merged in time order, each with role, node, process and time.
+
+        `errors_only`: the errors with the lines around them, the first cause first. `follow`: also what is written
+        until the job ends.
+        """
+        selection = Selection(role, node, process, attempt)
+        refuse_unknown(self.run_dir, selection)
+        if errors_only:
+            pieces = errors(self.run_dir, selection)
+        else:
+            pieces = logs(self.run_dir, selection, ended=self.done if follow else None)
+        for piece in pieces:
+            yield from piece.decode(errors="replace").splitlines()
+
+    def status(self) -> Status:
+        """Where the job stands, in stages."""
+        from hpc_gym.jobs.status import read_status
+
+        return read_status(self.record, self.state)
+
+    def task(self, task_id: int) -> HpcgymJob:
+        return cast(HpcgymJob, super().task(task_id))
+
+    def __del__(self) -> None:
+        if getattr(self, "_cancel_at_deletion", False) and not self.done():
+            self.cancel(check=False)

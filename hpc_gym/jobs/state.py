@@ -1,0 +1,64 @@
+"""In which state a job is, from its files and, where they cannot tell, from its process or from Slurm.
+
+States are Slurm's words, as in submitit: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, TIMEOUT, ... and UNKNOWN.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hpc_gym.jobs import local, slurm
+from hpc_gym.jobs.records import JobRecord
+from hpc_gym.protocol.attempt import Outcome
+
+CANCEL_MARK = "cancelled"
+"""File in the run directory: somebody asked for the job's end."""
+
+_OF_OUTCOME = {"completed": "COMPLETED", "failed": "FAILED", "cancelled": "CANCELLED"}
+_ENDED = frozenset(
+    {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+)
+
+
+def has_ended(state: str) -> bool:
+    """Whether nothing more will come of a job in that state."""
+    return state in _ENDED
+
+
+def last_outcome(run_dir: str | Path) -> Outcome | None:
+    """How the last attempt ended; None while it runs, or where it was not able to say."""
+    return Outcome.read(Path(run_dir) / "attempts" / "latest")
+
+
+def job_state(record: JobRecord) -> str:
+    """State of the job at this moment; right from any process on the host of a local job."""
+    return _local(record) if record.kind == "local" else _slurm(record)
+
+
+def state_in_passing(record: JobRecord) -> str:
+    """As `job_state`, but Slurm is not asked: a job of its that has no outcome yet is "SUBMITTED"."""
+    if record.kind == "local":
+        return _local(record)
+    outcome = last_outcome(record.run_dir)
+    return _OF_OUTCOME.get(outcome.kind, "SUBMITTED") if outcome else "SUBMITTED"
+
+
+def _local(record: JobRecord) -> str:
+    alive = local.is_alive(record.process) if record.process else False
+    if alive:
+        return "RUNNING"
+    outcome = last_outcome(record.run_dir)
+    if outcome is not None and outcome.kind in _OF_OUTCOME:
+        return _OF_OUTCOME[outcome.kind]
+    if alive is None:
+        return "UNKNOWN"
+    return "CANCELLED" if (Path(record.run_dir) / CANCEL_MARK).exists() else "FAILED"
+
+
+def _slurm(record: JobRecord) -> str:
+    state = slurm.state(record)
+    if state != "UNKNOWN":
+        return state
+    # The queue has forgotten it and the accounting lags or is missing: the job's own word counts.
+    outcome = last_outcome(record.run_dir)
+    return _OF_OUTCOME.get(outcome.kind, "UNKNOWN") if outcome else "UNKNOWN"
