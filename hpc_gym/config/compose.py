@@ -1,8 +1,8 @@
 """Composes an experiment: its parents (`extends`), itself, a cluster profile, overrides, then interpolation.
 
 Precedence, lowest first: `configs/base.yaml`; the parents in the order in which `extends` lists them, each with its own
-parents below it; the file itself; overrides. Sections merge key by key, lists and values replace. `--cluster NAME` takes the
-place of any `clusters/...` among the parents, as the last of them.
+parents below it; the file itself; overrides. Sections merge key by key, lists and values replace. `--cluster NAME`
+takes the place of any `clusters/...` among the parents, as the last of them.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def compose(experiment: str | Path, overrides: Sequence[str] = (), cluster: str 
 
 
 def _in_order(file: Path, cluster: str | None) -> list[Document]:
-    """The documents of the experiment, each after its parents; a parent that two files share comes once, at its first place."""
+    """The documents of the experiment, each after its parents; a parent that two files share comes once, at its
+    first place.
+    """
     documents: dict[Path, Document] = {}
     if cluster is None:
         _visit(file, (), documents, clusters=True)
@@ -191,7 +193,7 @@ def _descend(composed: Composed, names: Sequence[str], text: str) -> tuple[Any, 
 def _index(target: list[Any], name: str, path: KeyPath, text: str) -> int:
     if not name.isdigit() or int(name) >= len(target):
         raise UserError(
-            f"override '{text}': {key_text(path)} is a list of {len(target)}: name an element by 0 to {len(target) - 1}, "
-            f"or give the whole list: {key_text(path)}=[...]."
+            f"override '{text}': {key_text(path)} is a list of {len(target)}: name an element by 0 to "
+            f"{len(target) - 1}, or give the whole list: {key_text(path)}=[...]."
         )
     return int(name)

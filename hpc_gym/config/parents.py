@@ -1,8 +1,8 @@
 """Finds the files that an experiment's name and its `extends` mean.
 
-A name that starts with `./`, `../`, `/` or `~`, or ends in `.yaml`, is a file (relative to the one that names it). Any other
-name, such as `clusters/local`, is looked for in the folder of the file that names it, then in the `configs` folder which that
-file lies in, in `./configs`, and in the configs that come with hpc-gym.
+A name that starts with `./`, `../`, `/` or `~`, or ends in `.yaml`, is a file (relative to the one that names it).
+Any other name, such as `clusters/local`, is looked for in the folder of the file that names it, then in the
+`configs` folder which that file lies in, in `./configs`, and in the configs that come with hpc-gym.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def find_experiment(experiment: str | Path) -> Path:
 
 
 def find_cluster(name: str, experiment: Path) -> Path:
-    """The profile that `--cluster NAME` means: a file (relative to the working directory) or a name under `clusters/`."""
+    """The profile that `--cluster NAME` means: a file (relative to the working directory) or a name under
+    `clusters/`.
+    """
     told = f"--cluster {name}"
     if "/" in name or name.endswith(_SUFFIXES):
         return find_parent(name, Path.cwd() / "experiment", told)

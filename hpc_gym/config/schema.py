@@ -1,8 +1,8 @@
 """The typed experiment: every key a user may write. Unknown keys are refused everywhere, types are strict.
 
-Defaults that someone might tune stand with their reasons in `configs/base.yaml`; here stand only those of list elements and
-"absent means none". The options of vLLM, TRL and DeepSpeed are open sections here: `hpc_gym.plan.options` checks them against
-what the locked runtimes accept.
+Defaults that someone might tune stand with their reasons in `configs/base.yaml`; here stand only those of list
+elements and "absent means none". The options of vLLM, TRL and DeepSpeed are open sections here: `hpc_gym.plan.options`
+checks them against what the locked runtimes accept.
 """
 
 from __future__ import annotations

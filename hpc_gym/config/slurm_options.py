@@ -9,16 +9,21 @@ from hpc_gym.config.provenance import KeyPath
 
 ROLES = ("rollout", "train", "judge", "environment")
 
-ALLOWED = frozenset(
-    "account acctg-freq batch bb bbf begin cluster-constraint clusters comment constraint container container-id "
-    "contiguous core-spec cores-per-socket cpu-freq cpus-per-gpu cpus-per-task deadline delay-boot dependency distribution "
-    "exclude exclusive extra extra-node-info get-user-env gid gpu-bind gpu-freq gpus gpus-per-node gpus-per-socket "
-    "gpus-per-task gres gres-flags hint hold licenses mail-type mail-user mcs-label mem mem-bind mem-per-cpu mem-per-gpu "
-    "mincpus network nice nodefile nodelist no-kill ntasks-per-core ntasks-per-socket oom-kill-step overcommit oversubscribe "
-    "partition power prefer priority profile propagate qos quiet reservation resv-ports segment sockets-per-node spread-job "
-    "stepmgr switches thread-spec threads-per-core time time-min tmp tres-bind tres-per-job tres-per-task uid use-min-nodes "
-    "verbose wait-all-nodes wckey".split()
-)
+# fmt: off
+ALLOWED = frozenset({
+    "account", "acctg-freq", "batch", "bb", "bbf", "begin", "cluster-constraint", "clusters", "comment",
+    "constraint", "container", "container-id", "contiguous", "core-spec", "cores-per-socket", "cpu-freq",
+    "cpus-per-gpu", "cpus-per-task", "deadline", "delay-boot", "dependency", "distribution", "exclude", "exclusive",
+    "extra", "extra-node-info", "get-user-env", "gid", "gpu-bind", "gpu-freq", "gpus", "gpus-per-node",
+    "gpus-per-socket", "gpus-per-task", "gres", "gres-flags", "hint", "hold", "licenses", "mail-type", "mail-user",
+    "mcs-label", "mem", "mem-bind", "mem-per-cpu", "mem-per-gpu", "mincpus", "network", "nice", "nodefile",
+    "nodelist", "no-kill", "ntasks-per-core", "ntasks-per-socket", "oom-kill-step", "overcommit", "oversubscribe",
+    "partition", "power", "prefer", "priority", "profile", "propagate", "qos", "quiet", "reservation", "resv-ports",
+    "segment", "sockets-per-node", "spread-job", "stepmgr", "switches", "thread-spec", "threads-per-core", "time",
+    "time-min", "tmp", "tres-bind", "tres-per-job", "tres-per-task", "uid", "use-min-nodes", "verbose",
+    "wait-all-nodes", "wckey",
+})
+# fmt: on
 """From sbatch(1) of Slurm 24.11, without what `OWNED` holds and what submits another kind of job."""
 
 OWNED = {

@@ -74,14 +74,10 @@ def _key_path(loc: tuple[int | str, ...], tree: Any, *, missing: bool) -> KeyPat
     path: list[str | int] = []
     node = tree
     for index, part in enumerate(loc):
-        if isinstance(node, dict) and part in node:
+        inside = part in node if isinstance(node, dict) else isinstance(node, list) and part in range(len(node))
+        if inside:
             node = node[part]
-        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
-            node = node[part]
-        elif missing and index == len(loc) - 1:
-            path.append(part)
-            break
-        else:
+        elif not (missing and index == len(loc) - 1):
             break
         path.append(part)
     return tuple(path)

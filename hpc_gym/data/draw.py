@@ -1,7 +1,7 @@
 """The order in which a run draws rows from its sources: a pure function of the seed and the index of the draw.
 
-There is no state to save: a run that resumes at draw i goes on with exactly the rows it would have drawn, and looking ahead
-is asking for a later index.
+There is no state to save: a run that resumes at draw i goes on with exactly the rows it would have drawn, and
+looking ahead is asking for a later index.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 LONGEST_BLOCK = 10_000
-"""Draws after which the pattern of sources repeats, at most; weights that would need more are rounded to shares of this."""
+"""Draws after which the pattern of sources repeats, at most; weights that would need more are rounded to shares of
+this.
+"""
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class Mixture:
     """A weighted mixture of sources.
 
     Invariants: any `block` consecutive draws hold exactly `shares[s]` of source s, wherever they start; the draws of a
-    source walk through all its rows in one permutation per epoch, so none comes twice before all have come once. A step of
-    a multiple of `block` prompts therefore always has the same make-up.
+    source walk through all its rows in one permutation per epoch, so none comes twice before all have come once. A
+    step of a multiple of `block` prompts therefore always has the same make-up.
     """
 
     def __init__(self, weights: Sequence[float], rows: Sequence[int], seed: int) -> None:
@@ -62,7 +64,9 @@ class Mixture:
 
 
 def integer_shares(weights: Sequence[float]) -> tuple[int, ...]:
-    """The weights as the smallest whole numbers in the same proportion (`LONGEST_BLOCK` in all, at most, else rounded)."""
+    """The weights as the smallest whole numbers in the same proportion (`LONGEST_BLOCK` in all, at most, else
+    rounded).
+    """
     # Through the decimal text: 0.1 is one tenth, not the binary fraction next to it.
     exact = [Fraction(str(weight)) for weight in weights]
     scale = math.lcm(*(weight.denominator for weight in exact))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +16,9 @@ _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
 def role_problems(experiment: Experiment) -> list[Problem]:
-    """What the numbers of nodes, GPUs, replicas and ranks, and the settings that depend on them, say against each other."""
+    """What the numbers of nodes, GPUs, replicas and ranks, and the settings that depend on them, say against each
+    other.
+    """
     return [
         *_reserved(experiment),
         *_gpus(experiment),
@@ -64,7 +67,8 @@ def refuse_existing_run(run_dir: Path) -> None:
     """Raises UserError when the run directory is there already: a run's results are never overwritten."""
     if run_dir.exists():
         raise UserError(
-            f"the run {run_dir.name} exists already ({run_dir}): choose another name with name=NAME, or remove that folder."
+            f"the run {run_dir.name} exists already ({run_dir}): choose another name with name=NAME, or remove that "
+            "folder."
         )
 
 
@@ -78,6 +82,14 @@ def refuse_absent_hub_model(model: str, cache: Path) -> None:
             f"the model {model} is not in the cache {cache}, and a job never downloads: fetch it first "
             f"(`hf download {model}`), or set model.path to a folder."
         )
+
+
+def default_hub_cache() -> Path:
+    """Where Hugging Face keeps models on this machine."""
+    home = os.environ.get("HF_HOME")
+    return Path(
+        os.environ.get("HF_HUB_CACHE") or (Path(home) if home else Path.home() / ".cache" / "huggingface") / "hub"
+    )
 
 
 def _parts_of_model(folder: Path) -> Mapping[str, bool]:
@@ -99,7 +111,8 @@ def _reserved(experiment: Experiment) -> Iterable[Problem]:
     if experiment.nodes.environment:
         yield Problem(
             ("nodes", "environment"),
-            "nodes of their own for environments are reserved and not served yet: NeMo Gym runs on the rollout nodes (set 0).",
+            "nodes of their own for environments are reserved and not served yet: NeMo Gym runs on the rollout "
+            "nodes (set 0).",
         )
     if experiment.max_staleness:
         yield Problem(

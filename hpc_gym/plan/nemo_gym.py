@@ -1,4 +1,6 @@
-"""NeMo Gym as the Plan sees it: its configurations, which may lie in the gym runtime, and the file that starts its servers."""
+"""NeMo Gym as the Plan sees it: its configurations, which may lie in the gym runtime, and the file that starts its
+servers.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,18 @@ INSIDE = "nemo_gym:"
 POLICY_CONFIG = "responses_api_models/vllm_model/configs/vllm_model.yaml"
 """NeMo Gym's model server for an endpoint that speaks vLLM's chat completions. It is called `policy_model`."""
 API_KEY = "unused"
-"""NeMo Gym puts the key on its servers' command lines, so it must be none: a rollout's tag is what opens the endpoint."""
+"""NeMo Gym puts the key on its servers' command lines, so it must be none: a rollout's tag is what opens the
+endpoint.
+"""
 
 _KINDS = ("resources_servers", "responses_api_agents", "responses_api_models")
 
 
 @dataclass(frozen=True)
 class Gym:
-    """An installed nemo-gym. `packages` is its site-packages; None: the runtime is not built, so nothing can be looked up."""
+    """An installed nemo-gym. `packages` is its site-packages; None: the runtime is not built, so nothing can be
+    looked up.
+    """
 
     packages: Path | None
     root: Path
@@ -60,7 +66,10 @@ class Served:
 
 def serve(name: str, environment: Environment, composed: Composed, gym: Gym) -> tuple[Served | None, list[Problem]]:
     """Looks up the environment's configurations and its agent."""
-    paths, problems, settings, known = [], [], {}, True
+    paths: list[str] = []
+    problems: list[Problem] = []
+    settings: dict[str, Any] = {}
+    known = True
     for index, written in enumerate(environment.config_paths):
         key = ("environments", name, "config_paths", index)
         try:
@@ -77,7 +86,7 @@ def serve(name: str, environment: Environment, composed: Composed, gym: Gym) -> 
         except UserError as error:
             problems.append(Problem(key, str(error)))
     settings = _merged(settings, environment.config)
-    instances = {key: kind for key, kind in _instances(settings)}
+    instances = dict(_instances(settings))
     agents = [key for key, kind in instances.items() if kind == "responses_api_agents"]
     if problems:
         return None, problems
@@ -96,8 +105,8 @@ def clashes(served: Mapping[str, Served]) -> list[Problem]:
                 problems.append(
                     Problem(
                         ("environments", name),
-                        f"its server '{instance}' is defined otherwise by the environment '{other}', and NeMo Gym knows "
-                        "servers by that name alone: rename it in one of them.",
+                        f"its server '{instance}' is defined otherwise by the environment '{other}', and NeMo Gym "
+                        "knows servers by that name alone: rename it in one of them.",
                     )
                 )
     return problems

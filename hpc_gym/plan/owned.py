@@ -39,7 +39,7 @@ VLLM: Mapping[str, str] = {
     "worker_extension_cls": _WEIGHTS,
     "weight_transfer_config": _WEIGHTS,
     "enable_scale_out": "the rollout server needs vLLM's render, generate and derender endpoints",
-    "generation_config": "a model folder's sampling defaults would make vLLM sample another distribution than the trainer assumes",
+    "generation_config": "a model folder's sampling defaults would change what is sampled, unknown to the trainer",
     "logprobs_mode": "the trainer compares its log-probabilities with those of the distribution that was sampled",
     "config": "write the options into the section vllm",
 }
@@ -67,7 +67,7 @@ GRPO: Mapping[str, str] = {
             "tensor_parallel_size",
         )
     },
-    "vllm_importance_sampling_correction": "hpc-gym turns it on where the data may be older than the weights (max_staleness)",
+    "vllm_importance_sampling_correction": "hpc-gym keeps it on",
     "deepspeed": "set the section deepspeed",
     "fsdp": "hpc-gym trains with DeepSpeed: set the section deepspeed",
     "fsdp_config": "hpc-gym trains with DeepSpeed: set the section deepspeed",

@@ -67,9 +67,9 @@ class Probe:
 class Process:
     """One process (group) of a node.
 
-    `kind`: a `task` ends by itself, and the job is done when every task has exited with 0; a `service` must live as long as
-    the job does. `restarts`: how often it is started again in place after it died. `ready_within_s`: deadline from
-    start to ready; 0 means that it counts as ready when it has started. `alive_within_s`: an http or gym probe that
+    `kind`: a `task` ends by itself, and the job is done when every task has exited with 0; a `service` must live as
+    long as the job does. `restarts`: how often it is started again in place after it died. `ready_within_s`: deadline
+    from start to ready; 0 means that it counts as ready when it has started. `alive_within_s`: an http or gym probe that
     has not answered for so long, or a notify process that sent no `WATCHDOG=1` for so long, counts as hung; 0: never.
     """
 
@@ -81,7 +81,9 @@ class Process:
     env: Mapping[str, str] = field(default_factory=dict)
     files: tuple[ConfigFile, ...] = ()
     ports: tuple[str, ...] = ()
-    """Names of single ports, published as endpoints of the same name; `NAME*100` reserves 100 ports in a row, unpublished."""
+    """Names of single ports, published as endpoints of the same name; `NAME*100` reserves 100 ports in a row,
+    unpublished.
+    """
     listen: tuple[str, ...] = ()
     """Names of endpoints whose TCP socket the supervisor binds, publishes at once and hands over as `{fd:NAME}`."""
     ready: Probe | None = None
@@ -188,7 +190,9 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Training:
-    """What the training ranks need. `grpo` holds GRPOConfig fields, `deepspeed` a DeepSpeed config, by their own names."""
+    """What the training ranks need. `grpo` holds GRPOConfig fields, `deepspeed` a DeepSpeed config, by their own
+    names.
+    """
 
     method: Literal["grpo"]
     model: str
@@ -202,8 +206,10 @@ class Training:
     sampling: Sampling
     evaluation: Evaluation
     weight_transfer: Literal["gloo", "nccl", "filesystem", "adapter"]
-    """How weights travel. Whatever it says, vLLM is started with `--worker-extension-cls hpc_gym.weights.worker.WorkerExtension
-    --weight-transfer-config '{"backend": "hpc_gym"}'`: the sender names the transport when it makes its group."""
+    """How weights travel. Whatever it says, vLLM is started with
+    `--worker-extension-cls hpc_gym.weights.worker.WorkerExtension --weight-transfer-config
+    '{"backend": "hpc_gym"}'`: the sender names the transport when it makes its group.
+    """
     checkpoint_every: int
     """Steps between checkpoints; 0: none but at the end."""
     checkpoints_kept: int
@@ -273,7 +279,8 @@ class Plan:
         data = json.loads(text)
         if data.get("version") != 1:
             raise ValueError(f"this plan.json has version {data.get('version')!r}; this hpc-gym reads version 1")
-        return _build(cls, data)
+        plan: Plan = _build(cls, data)
+        return plan
 
     @classmethod
     def read(cls, run_dir: str | Path) -> Plan:

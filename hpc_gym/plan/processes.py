@@ -1,4 +1,6 @@
-"""The processes of each kind of node, as data. What exists only once a job runs stands as a placeholder, see `plan.plan`."""
+"""The processes of each kind of node, as data. What exists only once a job runs stands as a placeholder, see
+`plan.plan`.
+"""
 
 from __future__ import annotations
 

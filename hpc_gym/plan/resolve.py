@@ -1,30 +1,29 @@
-"""Experiment to Plan: everything a job needs, checked and frozen. Pure: no cluster is asked, the same inputs give the same bytes."""
+"""Experiment to Plan: everything a job needs, checked and frozen. Pure: no cluster is asked, the same inputs give
+the same bytes.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hpc_gym.config.compose import Composed, compose
-from hpc_gym.config.problems import Problem, refuse
+from hpc_gym.config.problems import refuse
 from hpc_gym.config.provenance import KeyPath, Provenance
-from hpc_gym.config.schema import Experiment, Rows, Section, WeightedRows
+from hpc_gym.config.schema import Experiment, Section
 from hpc_gym.config.validate import validate
-from hpc_gym.data.rows import check_rows
-from hpc_gym.errors import UserError
 from hpc_gym.plan import plan as frozen
 from hpc_gym.plan.batch import Batch, batch_of
-from hpc_gym.plan.checks import model_source, ranks_per_node, replicas_of, role_problems
-from hpc_gym.plan.nemo_gym import Gym, Served, clashes, data_file, node_config, serve
+from hpc_gym.plan.checks import ranks_per_node, replicas_of, role_problems
+from hpc_gym.plan.findings import Findings
+from hpc_gym.plan.launch import launch
+from hpc_gym.plan.nemo_gym import Gym, Served, node_config
 from hpc_gym.plan.options import option_problems
 from hpc_gym.plan.processes import BASE, MODEL_NAME, Names, rollout_processes, train_processes
 from hpc_gym.plan.settings import deepspeed_config, grpo_fields
-from hpc_gym.runtimes.spec import spec_of
 
 Paths = Mapping[KeyPath, str]
 """Keys that name files, and what they mean: absolute."""
@@ -40,7 +39,9 @@ class Resolved:
     paths: Paths
 
     def experiment_yaml(self) -> str:
-        """The resolved experiment, for `experiment.yaml` of the run directory: submitting it gives the same Plan again."""
+        """The resolved experiment, for `experiment.yaml` of the run directory: submitting it gives the same Plan
+        again.
+        """
         import yaml
 
         tree = self.experiment.model_dump(mode="json")
@@ -75,7 +76,7 @@ def resolve(experiment: str | Path, overrides: Sequence[str] = (), cluster: str 
 
 
 def _resolve(composed: Composed, experiment: Experiment) -> Resolved:
-    found = _Findings(composed, experiment)
+    found = Findings(composed, experiment)
     names = _runtime_names(experiment)
     runtimes = found.runtimes(names)
     gym = Gym.of(Path(runtimes[names.gym].root))
@@ -113,7 +114,7 @@ def _resolve(composed: Composed, experiment: Experiment) -> Resolved:
             replicas=replicas_of(experiment),
         ),
         training=_training(experiment, batch, model, train, held_out, run_dir),
-        launch=_launch(experiment),
+        launch=launch(experiment),
         supervision=_supervision(experiment),
         env={"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", **experiment.cluster.env},
         secrets=tuple(experiment.secrets),
@@ -128,113 +129,6 @@ def _literal(value: Any) -> Any:
     if isinstance(value, list):
         return [_literal(item) for item in value]
     return value.replace("${", "\\${") if isinstance(value, str) else value
-
-
-class _Findings:
-    """Looks up what the experiment names outside itself (files, folders, runtimes), collecting problems as it goes."""
-
-    def __init__(self, composed: Composed, experiment: Experiment) -> None:
-        self.composed = composed
-        self.experiment = experiment
-        self.problems: list[Problem] = []
-        self.paths: dict[KeyPath, str] = {}
-
-    def runtimes(self, names: Names) -> dict[str, frozen.Runtime]:
-        """The runtimes of the roles by name, with the base runtime that runs now."""
-        container = self.experiment.cluster.runtime
-        base = frozen.Runtime(BASE, "venv", sys.prefix, sys.executable)
-        runtimes = {BASE: base}
-        for role, name in (("inference", names.inference), ("gym", names.gym), ("train", names.train)):
-            try:
-                spec = spec_of(name)
-            except UserError as error:
-                self.problems.append(Problem(("runtimes", role), f"{error}."))
-                runtimes[name] = base
-                continue
-            image = container.images.get(role)  # type: ignore[call-overload]
-            runtimes[name] = frozen.Runtime(
-                name=name,
-                kind=container.kind,
-                root=image or str(spec.root),
-                python="python" if image else str(spec.python),
-                lock=spec.digest,
-                modules=tuple(container.modules),
-                options=tuple(container.options),
-            )
-        return runtimes
-
-    def check_saves(self, batch: Batch | None) -> None:
-        every = self.experiment.checkpoints.every
-        if batch and every % batch.steps_per_cycle:
-            self.problems.append(
-                Problem(
-                    ("checkpoints", "every"),
-                    f"{every} must be a multiple of {batch.steps_per_cycle}, the steps for which a generation batch is used: "
-                    "a resume in the middle of one would shift the batches.",
-                )
-            )
-
-    def model(self) -> str:
-        key = ("model", "path")
-        try:
-            model = model_source(self.experiment.model.path, self.composed.folder_of(key))
-        except UserError as error:
-            self.problems.append(Problem(key, str(error)))
-            return ""
-        self.paths[key] = model
-        return model
-
-    def environments(self, gym: Gym) -> dict[str, Served]:
-        served = {}
-        for name, environment in self.experiment.environments.items():
-            each, problems = serve(name, environment, self.composed, gym)
-            self.problems += problems
-            if each is not None:
-                served[name] = each
-                for index, path in enumerate(each.config_paths):
-                    self.paths["environments", name, "config_paths", index] = path
-        self.problems += clashes(served)
-        return served
-
-    def sources(
-        self, gym: Gym, kind: str, sources: Sequence[Rows], served: Mapping[str, Served]
-    ) -> tuple[frozen.DataSource, ...]:
-        found = []
-        for index, source in enumerate(sources):
-            key: KeyPath = ("data", kind, index, "path")
-            try:
-                file = data_file(source.path, self.composed.folder_of(key), gym)
-                summary = check_rows(file)
-            except UserError as error:
-                self.problems.append(Problem(key, f"{str(error).rstrip('.')}."))
-                continue
-            self.paths[key] = str(file)
-            self._check_agents(key, file, source.environment, served, summary.first_line)
-            weight = source.weight if isinstance(source, WeightedRows) else 1.0
-            found.append(frozen.DataSource(source.environment, str(file), weight, summary.rows))
-        return tuple(found)
-
-    def _check_agents(
-        self, key: KeyPath, file: Path, environment: str, served: Mapping[str, Served], agents: Mapping[str, int]
-    ) -> None:
-        if environment not in served or not served[environment].agent:
-            return
-        agent = served[environment].agent
-        for name, line in agents.items():
-            if name == agent:
-                continue
-            others = [other for other, each in served.items() if each.agent == name]
-            hint = (
-                f"that agent serves the environment '{others[0]}'"
-                if others
-                else "no configured environment has that agent"
-            )
-            self.problems.append(
-                Problem(
-                    key,
-                    f"{file}:{line}: agent_ref names '{name}', but the environment '{environment}' is served by '{agent}'; {hint}.",
-                )
-            )
 
 
 def _runtime_names(experiment: Experiment) -> Names:
@@ -255,7 +149,7 @@ def _nodes(
     config = [environment.config for environment in experiment.environments.values()]
     text = node_config(config, f"{runtimes[names.gym].root}/servers", MODEL_NAME)
     rollout = experiment.nodes.rollout
-    separate = len(_launch(experiment).components) > 1
+    separate = len(launch(experiment).components) > 1
     nodes = [
         frozen.Node(
             index,
@@ -325,44 +219,6 @@ def _wandb(experiment: Experiment, run_dir: str) -> dict[str, Any] | None:
     return {**_dump(wandb), "name": wandb.name or experiment.name, "run_id": run_id}
 
 
-def _launch(experiment: Experiment) -> frozen.Launch:
-    cluster = experiment.cluster
-    if cluster.kind == "local":
-        return frozen.Launch(
-            kind="local",
-            setup=tuple(cluster.setup),
-            network_interface=cluster.network_interface,
-            scratch=cluster.scratch,
-        )
-    slurm = cluster.slurm
-    common = _directives(slurm.options)
-    rollout, train = {**common, **_directives(slurm.rollout)}, {**common, **_directives(slurm.train)}
-    components: tuple[Mapping[str, Any], ...] = ()
-    if rollout != train:
-        components = (
-            {"nodes": experiment.nodes.rollout, **_directives(slurm.rollout)},
-            {"nodes": experiment.nodes.train, **_directives(slurm.train)},
-        )
-    if experiment.gpus_per_node and not any(_asks_for_gpus(each) for each in (rollout, train)):
-        common["gpus_per_node"] = experiment.gpus_per_node
-    return frozen.Launch(
-        kind="slurm",
-        options=common,
-        components=components,
-        setup=tuple(cluster.setup),
-        network_interface=cluster.network_interface,
-        scratch=cluster.scratch,
-    )
-
-
-def _directives(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name.replace("-", "_"): value for name, value in options.items()}
-
-
-def _asks_for_gpus(options: Iterable[str]) -> bool:
-    return any(name == "gres" or name.startswith("gpus") or name.startswith("tres_per") for name in options)
-
-
 def _supervision(experiment: Experiment) -> frozen.Supervision:
     wanted = experiment.supervision
     return frozen.Supervision(
@@ -376,11 +232,3 @@ def _supervision(experiment: Experiment) -> frozen.Supervision:
 
 def _dump(section: Section) -> dict[str, Any]:
     return section.model_dump(mode="json")
-
-
-def default_hub_cache() -> Path:
-    """Where Hugging Face keeps models on this machine."""
-    home = os.environ.get("HF_HOME")
-    return Path(
-        os.environ.get("HF_HUB_CACHE") or (Path(home) if home else Path.home() / ".cache" / "huggingface") / "hub"
-    )

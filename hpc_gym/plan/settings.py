@@ -1,4 +1,5 @@
-"""The GRPOConfig fields and the DeepSpeed configuration of a run: the user's, and what follows from the rest of the experiment.
+"""The GRPOConfig fields and the DeepSpeed configuration of a run: the user's, and what follows from the rest of the
+experiment.
 
 What names paths, processes and services, and DeepSpeed's "auto" values, the trainer adds (`hpc_gym.training.settings`).
 """

@@ -1,0 +1,128 @@
+"""Looks up what an experiment names outside itself: runtimes, the model, NeMo Gym's configurations, dataset files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hpc_gym.config.compose import Composed
+from hpc_gym.config.problems import Problem
+from hpc_gym.config.provenance import KeyPath
+from hpc_gym.config.schema import Experiment, Rows, WeightedRows
+from hpc_gym.data.rows import check_rows
+from hpc_gym.errors import UserError
+from hpc_gym.plan.batch import Batch
+from hpc_gym.plan.checks import model_source
+from hpc_gym.plan.nemo_gym import Gym, Served, clashes, data_file, serve
+from hpc_gym.plan.plan import DataSource, Runtime
+from hpc_gym.plan.processes import BASE, Names
+from hpc_gym.runtimes.spec import spec_of
+
+
+class Findings:
+    """`problems` is what was wrong; `paths` maps keys that name files to what they mean, absolute."""
+
+    def __init__(self, composed: Composed, experiment: Experiment) -> None:
+        self.composed = composed
+        self.experiment = experiment
+        self.problems: list[Problem] = []
+        self.paths: dict[KeyPath, str] = {}
+
+    def runtimes(self, names: Names) -> dict[str, Runtime]:
+        """The runtimes of the roles by name, with the base runtime that runs now."""
+        container = self.experiment.cluster.runtime
+        base = Runtime(BASE, "venv", sys.prefix, sys.executable)
+        runtimes = {BASE: base}
+        for role, name in (("inference", names.inference), ("gym", names.gym), ("train", names.train)):
+            try:
+                spec = spec_of(name)
+            except UserError as error:
+                self.problems.append(Problem(("runtimes", role), f"{error}."))
+                runtimes[name] = base
+                continue
+            image = container.images.get(role)  # type: ignore[call-overload]
+            runtimes[name] = Runtime(
+                name=name,
+                kind=container.kind,
+                root=image or str(spec.root),
+                python="python" if image else str(spec.python),
+                lock=spec.digest,
+                modules=tuple(container.modules),
+                options=tuple(container.options),
+            )
+        return runtimes
+
+    def check_saves(self, batch: Batch | None) -> None:
+        every = self.experiment.checkpoints.every
+        if batch and every % batch.steps_per_cycle:
+            self.problems.append(
+                Problem(
+                    ("checkpoints", "every"),
+                    f"{every} must be a multiple of {batch.steps_per_cycle}, the steps for which a generation batch "
+                    "is used: a resume in the middle of one would shift the batches.",
+                )
+            )
+
+    def model(self) -> str:
+        key = ("model", "path")
+        try:
+            model = model_source(self.experiment.model.path, self.composed.folder_of(key))
+        except UserError as error:
+            self.problems.append(Problem(key, str(error)))
+            return ""
+        self.paths[key] = model
+        return model
+
+    def environments(self, gym: Gym) -> dict[str, Served]:
+        served = {}
+        for name, environment in self.experiment.environments.items():
+            each, problems = serve(name, environment, self.composed, gym)
+            self.problems += problems
+            if each is not None:
+                served[name] = each
+                for index, path in enumerate(each.config_paths):
+                    self.paths["environments", name, "config_paths", index] = path
+        self.problems += clashes(served)
+        return served
+
+    def sources(
+        self, gym: Gym, kind: str, sources: Sequence[Rows], served: Mapping[str, Served]
+    ) -> tuple[DataSource, ...]:
+        found = []
+        for index, source in enumerate(sources):
+            key: KeyPath = ("data", kind, index, "path")
+            try:
+                file = data_file(source.path, self.composed.folder_of(key), gym)
+                summary = check_rows(file)
+            except UserError as error:
+                self.problems.append(Problem(key, f"{str(error).rstrip('.')}."))
+                continue
+            self.paths[key] = str(file)
+            self._check_agents(key, file, source.environment, served, summary.first_line)
+            weight = source.weight if isinstance(source, WeightedRows) else 1.0
+            found.append(DataSource(source.environment, str(file), weight, summary.rows))
+        return tuple(found)
+
+    def _check_agents(
+        self, key: KeyPath, file: Path, environment: str, served: Mapping[str, Served], agents: Mapping[str, int]
+    ) -> None:
+        if environment not in served or not served[environment].agent:
+            return
+        agent = served[environment].agent
+        for name, line in agents.items():
+            if name == agent:
+                continue
+            others = [other for other, each in served.items() if each.agent == name]
+            hint = (
+                f"that agent serves the environment '{others[0]}'"
+                if others
+                else "no configured environment has that agent"
+            )
+            self.problems.append(
+                Problem(
+                    key,
+                    f"{file}:{line}: agent_ref names '{name}', but the environment '{environment}' is served by "
+                    f"'{agent}'; {hint}.",
+                )
+            )
