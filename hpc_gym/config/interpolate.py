@@ -23,14 +23,17 @@ def interpolate(tree: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
 
     lazy = OmegaConf.create(tree)
     result = copy.deepcopy(tree)
-    problems = []
+    problems: list[Problem] = []
     for path in paths:
         try:
             node: Any = lazy
             for part in path:
                 node = node[part]
         except OmegaConfBaseException as error:
-            problems.append(Problem(path, _sentence(error, tree)))
+            sentence = _sentence(error, tree)
+            # What uses a value that cannot be resolved fails alike: it is told once, where it was tried first.
+            if all(problem.message != sentence for problem in problems):
+                problems.append(Problem(path, sentence))
             continue
         value = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
         _set(result, path, value)

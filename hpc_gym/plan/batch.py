@@ -100,7 +100,7 @@ def _cut_groups(counts: _Counts) -> Iterable[Problem]:
         yield Problem(
             ("grpo", "num_generations"),
             f"{counts.generations} must divide the generation batch of {batch} completions ({counts.told} x "
-            f"{counts.per_generation} steps per generation), for a group must not be cut; {_divisors(batch)}, or "
+            f"steps_per_generation {counts.per_generation}), for a group must not be cut; {_divisors(batch)}, or "
             "change per_device_train_batch_size, gradient_accumulation_steps or the number of ranks.",
         )
         return

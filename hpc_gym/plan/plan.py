@@ -69,7 +69,7 @@ class Process:
 
     `kind`: a `task` ends by itself, and the job is done when every task has exited with 0; a `service` must live as
     long as the job does. `restarts`: how often it is started again in place after it died. `ready_within_s`: deadline
-    from start to ready; 0 means that it counts as ready when it has started. `alive_within_s`: an http or gym probe that
+    from start to ready; 0: none. `alive_within_s`: an http or gym probe that
     has not answered for so long, or a notify process that sent no `WATCHDOG=1` for so long, counts as hung; 0: never.
     """
 
