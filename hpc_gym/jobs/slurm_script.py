@@ -31,7 +31,7 @@ def sbatch_options(plan: Plan) -> list[Directives]:
                 "job-name": plan.name,
                 "output": f"{_pattern(plan.run_dir)}/submitit/%j_batch.out",
                 "open-mode": "append",
-                # Nothing of the login shell: sites may keep a job's environment, and any secret in it, in the accounting.
+                # Nothing of the login shell: sites may keep a job's environment, and secrets in it, in the accounting.
                 "export": "NONE",
                 # B: to the batch script alone. A step's signals may reach every process, and SIGUSR2 kills most.
                 "signal": f"B:USR2@{max(1, round(plan.supervision.time_limit_margin_s))}",

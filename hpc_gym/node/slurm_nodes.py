@@ -27,7 +27,7 @@ from hpc_gym.protocol.attempt import Failure, Outcome
 _SRUN_MAY_TAKE_S = 3.0
 """From the outcome to the end of srun, when all nodes live."""
 _OUTCOME_MAY_TAKE_S = 5.0
-"""From the end of srun until its outcome is seen: the file comes from another process, perhaps through a file server."""
+"""From the end of srun until its outcome is seen: another process wrote it, perhaps through a file server."""
 _LOST_NODES_ALLOWED = 2
 """Attempts that may follow one another because a node was lost."""
 _OWN_END = {

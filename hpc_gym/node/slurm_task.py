@@ -1,4 +1,4 @@
-"""`python -m hpc_gym.node.slurm_task FOLDER`: what srun starts on every node: submitit's task, with its own output files.
+"""`python -m hpc_gym.node.slurm_task FOLDER`: what srun starts on every node: submitit's task, with output files.
 
 Files are named by the global rank, as submitit expects them: in a heterogeneous job, the `%j` and `%t` of
 `srun --output` mean the component's own job id and a rank within the component.
