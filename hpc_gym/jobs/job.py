@@ -16,12 +16,10 @@ from hpc_gym.jobs.cancellation import cancel
 from hpc_gym.jobs.log_files import Selection, refuse_unknown
 from hpc_gym.jobs.logs import errors, logs
 from hpc_gym.jobs.records import JobRecord
-from hpc_gym.jobs.state import has_ended, job_state, last_outcome
+from hpc_gym.jobs.state import JobWatch, has_ended, last_outcome
 
 if TYPE_CHECKING:
     from hpc_gym.jobs.status import Status
-
-_ASK_SLURM_EVERY_S = 5.0
 
 
 class HpcgymJob(Job[dict[str, Any]]):
@@ -33,8 +31,7 @@ class HpcgymJob(Job[dict[str, Any]]):
 
     def __init__(self, folder: Path | str, job_id: str, tasks: Sequence[int] = (0,)) -> None:
         self._record: JobRecord | None = None
-        self._state = "UNKNOWN"
-        self._asked = float("-inf")
+        self._watch: JobWatch | None = None
         super().__init__(folder, job_id, tasks)
 
     @classmethod
@@ -68,10 +65,9 @@ class HpcgymJob(Job[dict[str, Any]]):
         return self._refreshed(force=False)
 
     def _refreshed(self, force: bool) -> str:
-        every = 0.0 if force or self.record.kind == "local" else _ASK_SLURM_EVERY_S
-        if not has_ended(self._state) and time.monotonic() - self._asked >= every:
-            self._state, self._asked = job_state(self.record), time.monotonic()
-        return self._state
+        if self._watch is None:
+            self._watch = JobWatch(self.record)
+        return self._watch.state(force)
 
     def get_info(self, mode: str = "force") -> dict[str, str]:
         return {"JobID": self.job_id, "State": self._refreshed(force=mode == "force"), "WorkDir": str(self.run_dir)}
@@ -107,19 +103,20 @@ class HpcgymJob(Job[dict[str, Any]]):
     def exception(self) -> UncompletedJobError | FailedJobError | None:
         """Waits; the first cause of the job's failure, None when it completed."""
         self.wait()
-        if self._state == "COMPLETED":
+        state = self.state
+        if state == "COMPLETED":
             return None
         outcome = last_outcome(self.run_dir)
-        told = outcome.sentence() if outcome else self._without_outcome()
-        kind = FailedJobError if self._state == "FAILED" else UncompletedJobError
+        told = outcome.sentence() if outcome else self._without_outcome(state)
+        kind = FailedJobError if state == "FAILED" else UncompletedJobError
         return kind(f"job {self.job_id} ({self.run_dir}): {told}")
 
-    def _without_outcome(self) -> str:
+    def _without_outcome(self, state: str) -> str:
         """What can be said of a job that ended before an attempt could say how."""
         text = self.stdout() or ""
         lines = [line for line in text.splitlines() if line.strip()]
         told = f"; its script's last words: {' / '.join(lines[-3:])}" if lines else ""
-        return f"{self._state} without an outcome{told} (log: {self.paths.stdout})"
+        return f"{state} without an outcome{told} (log: {self.paths.stdout})"
 
     def cancel(self, check: bool = True) -> None:
         """Stops the job in good order; with `check`, waits until nothing of it is left. Raises UserError otherwise."""

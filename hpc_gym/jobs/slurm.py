@@ -5,8 +5,8 @@ Whatever asks Slurm goes through `_ask`, so that its absence or an answer of "no
 
 from __future__ import annotations
 
-import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from hpc_gym.errors import UserError
@@ -26,12 +26,16 @@ def submit(run_dir: Path) -> str:
 
 def state(record: JobRecord) -> str:
     """State of the job in Slurm's words; UNKNOWN when neither the queue nor the accounting knows it."""
-    try:
-        queued = _ask(["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={record.job_id}"])
-        states = queued.split() or _accounted(record.job_id)
-    except UserError:
-        states = _accounted(record.job_id)
-    return _joined([_LONG_STATES.get(each, each) for each in states])
+    return states([record.job_id]).get(record.job_id, "UNKNOWN")
+
+
+def states(job_ids: Sequence[str]) -> dict[str, str]:
+    """States of several jobs, asked for at once; those that neither the queue nor the accounting knows are left out."""
+    found = _components(["squeue", "--noheader", "--states=all", "--format=%i|%T"], job_ids)
+    if missing := [job_id for job_id in job_ids if job_id not in found]:
+        sacct = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State"]
+        found |= _components(sacct, missing)
+    return {job_id: _joined(states) for job_id, states in found.items()}
 
 
 def cancel(record: JobRecord, kill: bool = False) -> bool:
@@ -41,18 +45,20 @@ def cancel(record: JobRecord, kill: bool = False) -> bool:
     return True
 
 
-def _accounted(job_id: str) -> list[str]:
-    """States of the job's components by the accounting, which calls the parts of a heterogeneous job 12+0, 12+1."""
+def _components(command: list[str], job_ids: Sequence[str]) -> dict[str, list[str]]:
+    """States of the components of each job, from lines of `ID|STATE`; a heterogeneous job's parts are 12+0, 12+1."""
     try:
-        rows = _ask(["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State", f"--jobs={job_id}"])
+        rows = _ask([*command, f"--jobs={','.join(job_ids)}"]).splitlines()
     except UserError:
-        return []
-    states = []
-    for row in rows.splitlines():
+        return {}
+    found: dict[str, list[str]] = {}
+    for row in rows:
         name, _, state = row.partition("|")
-        if re.fullmatch(rf"{job_id}(\+\d+)?", name):
-            states.append(state.split()[0])
-    return states
+        job_id = name.partition("+")[0]
+        # sacct says "CANCELLED by 1000".
+        if job_id in job_ids and (words := state.split()):
+            found.setdefault(job_id, []).append(_LONG_STATES.get(words[0], words[0]))
+    return found
 
 
 def _joined(states: list[str]) -> str:

@@ -5,6 +5,8 @@ States are Slurm's words, as in submitit: PENDING, RUNNING, COMPLETED, FAILED, C
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from hpc_gym.jobs import local, slurm
@@ -35,12 +37,19 @@ def job_state(record: JobRecord) -> str:
     return _local(record) if record.kind == "local" else _slurm(record)
 
 
-def state_in_passing(record: JobRecord) -> str:
-    """As `job_state`, but Slurm is not asked: a job of its that has no outcome yet is "SUBMITTED"."""
-    if record.kind == "local":
-        return _local(record)
-    outcome = last_outcome(record.run_dir)
-    return _OF_OUTCOME.get(outcome.kind, "SUBMITTED") if outcome else "SUBMITTED"
+def states(records: Iterable[JobRecord]) -> dict[str, str]:
+    """State of each job by run directory. Slurm is asked once for all of its jobs that have no outcome yet."""
+    found, ask = {}, []
+    for record in records:
+        outcome = None if record.kind == "local" else last_outcome(record.run_dir)
+        if record.kind == "local":
+            found[record.run_dir] = _local(record)
+        elif outcome is not None and outcome.kind in _OF_OUTCOME:
+            found[record.run_dir] = _OF_OUTCOME[outcome.kind]
+        else:
+            ask.append(record)
+    answers = slurm.states([record.job_id for record in ask]) if ask else {}
+    return found | {record.run_dir: answers.get(record.job_id, "UNKNOWN") for record in ask}
 
 
 def _local(record: JobRecord) -> str:
@@ -62,3 +71,22 @@ def _slurm(record: JobRecord) -> str:
     # The queue has forgotten it and the accounting lags or is missing: the job's own word counts.
     outcome = last_outcome(record.run_dir)
     return _OF_OUTCOME.get(outcome.kind, "UNKNOWN") if outcome else "UNKNOWN"
+
+
+class JobWatch:
+    """The state of one job, asked again and again: files and processes at every call, Slurm every few seconds."""
+
+    def __init__(self, record: JobRecord, every_s: float = 5.0) -> None:
+        self._record = record
+        self._every_s = 0.0 if record.kind == "local" else every_s
+        self._asked = float("-inf")
+        self._state = "UNKNOWN"
+
+    def state(self, force: bool = False) -> str:
+        now = time.monotonic()
+        if not has_ended(self._state) and (force or now - self._asked >= self._every_s):
+            self._state, self._asked = job_state(self._record), now
+        return self._state
+
+    def ended(self) -> bool:
+        return has_ended(self.state())

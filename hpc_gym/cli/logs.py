@@ -1,0 +1,64 @@
+"""`hpc-gym logs`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from hpc_gym.cli.arguments import Job
+
+
+def logs(
+    job: Job = "latest",
+    role: Annotated[str | None, typer.Option(help="Only of this role: rollout, train, ...")] = None,
+    node: Annotated[str | None, typer.Option(help="Only of this node: train-1, or 1.")] = None,
+    process: Annotated[str | None, typer.Option(help="Only of this process: vllm-0, gym, rank-3, ...")] = None,
+    attempt: Annotated[int | None, typer.Option(help="Only of this attempt, from 1.")] = None,
+    errors: Annotated[
+        bool, typer.Option("--errors", help="Tracebacks and errors with the lines around them, the first cause first.")
+    ] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Also what is written from now on, until the job ends.")
+    ] = False,
+    color: Annotated[
+        bool | None, typer.Option("--color/--no-color", help="Colour by role; default: when shown on a terminal.")
+    ] = None,
+) -> None:
+    """All logs of a job merged in time order: role, node, process, time (UTC), and the line.
+
+    The last line says how the job ended.
+
+    \b
+    hpc-gym logs --follow
+    hpc-gym logs demo --role rollout --process gym
+    hpc-gym logs 4711 --errors
+    """
+    from hpc_gym.errors import UserError
+    from hpc_gym.jobs import logs as job_logs
+    from hpc_gym.jobs import records
+    from hpc_gym.jobs.log_files import Selection, refuse_unknown
+
+    if errors and follow:
+        raise UserError("--errors looks back and --follow ahead: choose one")
+    record = records.find(job)
+    from pathlib import Path
+
+    run_dir, selection = Path(record.run_dir), Selection(role, node, process, attempt)
+    refuse_unknown(run_dir, selection)
+    wanted = sys.stdout.isatty() if color is None else color
+    if errors:
+        pieces = job_logs.errors(run_dir, selection, wanted)
+    elif follow:
+        from hpc_gym.jobs.state import JobWatch
+
+        pieces = job_logs.logs(run_dir, selection, ended=JobWatch(record).ended, color=wanted)
+    else:
+        pieces = job_logs.logs(run_dir, selection, color=wanted)
+    out = sys.stdout.buffer
+    for piece in pieces:
+        out.write(piece)
+        if follow:
+            out.flush()
+    out.flush()
