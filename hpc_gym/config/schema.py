@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 _Text = Annotated[str, Field(min_length=1)]
 _Count = Annotated[int, Field(ge=0)]
@@ -79,7 +79,7 @@ class WeightedRows(Rows):
 class Data(Section):
     """What is trained on and what is held out."""
 
-    train: list[WeightedRows]
+    train: Annotated[list[WeightedRows], Field(min_length=1)]
     eval: list[Rows]
 
 
@@ -284,11 +284,3 @@ class Experiment(Section):
             if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
                 raise ValueError(f"the name '{name}' must be letters, digits, '_', '.' and '-'.")
         return environments
-
-    @model_validator(mode="after")
-    def _some_training_rows(self) -> Experiment:
-        if not self.data.train:
-            raise ValueError(
-                "data.train is empty: list at least one {environment: NAME, path: FILE.jsonl} to train on."
-            )
-        return self

@@ -26,6 +26,10 @@ _KINDS = {
     "list_type": "a list",
     "finite_number": "a finite number",
 }
+_EMPTY: dict[KeyPath, str] = {
+    ("data", "train"): "list at least one {environment: NAME, path: FILE.jsonl}",
+    ("environments",): "extend environments/NAME, or name one with its config_paths",
+}
 
 
 def validate(composed: Composed) -> tuple[Experiment | None, list[Problem]]:
@@ -34,9 +38,24 @@ def validate(composed: Composed) -> tuple[Experiment | None, list[Problem]]:
     try:
         experiment = Experiment.model_validate(composed.tree)
     except ValidationError as error:
-        found = [_problem(details, composed.tree) for details in error.errors(include_url=False)]
-        return None, [*found, *problems]
+        return None, [*_problems(error.errors(include_url=False), composed.tree), *problems]
     return (None if problems else experiment), problems
+
+
+def _problems(errors: list[ErrorDetails], tree: dict[str, Any]) -> list[Problem]:
+    """One problem per key: a value that may be of several kinds fails once for each of them."""
+    found: list[Problem] = []
+    wrong_kinds: dict[KeyPath, list[ErrorDetails]] = {}
+    for details in errors:
+        if details["type"] in _KINDS:
+            wrong_kinds.setdefault(_key_path(details["loc"], tree, missing=False), []).append(details)
+        else:
+            found.append(_problem(details, tree))
+    for path, group in wrong_kinds.items():
+        kinds = list(dict.fromkeys(_KINDS[details["type"]] for details in group))
+        allowed = " or ".join([", ".join(kinds[:-1]), kinds[-1]] if kinds[1:] else kinds)
+        found.append(Problem(path, f"must be {allowed}, not {_typed(group[0]['input'])}."))
+    return found
 
 
 def _problem(details: ErrorDetails, tree: dict[str, Any]) -> Problem:
@@ -49,14 +68,13 @@ def _problem(details: ErrorDetails, tree: dict[str, Any]) -> Problem:
     if kind == "literal_error":
         allowed = re.sub(r"'([^']*)' or ", r"'\1' or ", str(context.get("expected", "")))
         return Problem(path, f"{value_text(details['input'])} is not allowed; allowed: {allowed}.")
-    if kind in _KINDS:
-        return Problem(path, f"must be {_KINDS[kind]}, not {_typed(details['input'])}.")
     if kind == "value_error":
         message = str(context.get("error", details["msg"]))
         quoted = f"{value_text(details['input'])}: " if isinstance(details["input"], str) else ""
         return Problem(path, quoted + message)
     if kind == "too_short":
-        return Problem(path, "must not be empty.")
+        hint = _EMPTY.get(path, "")
+        return Problem(path, f"must not be empty{f': {hint}' if hint else ''}.")
     if kind == "string_too_short":
         return Problem(path, "must not be empty text.")
     bound = details["msg"].replace("Input should be ", "").lower()
