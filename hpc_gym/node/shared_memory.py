@@ -92,11 +92,20 @@ def _is_stray(name: str, since: float) -> bool:
 
 
 def _in_use(pids: Iterable[int]) -> Iterator[str]:
-    """Names of files in /dev/shm that one of the processes has mapped or open."""
+    """Names of files in /dev/shm that one of the processes has mapped or open.
+
+    By inode: glibc's sem_open maps a semaphore under a temporary name before it links the one that others open, so that the
+    mapping of a living semaphore reads `/dev/shm/sem.XXXXXX (deleted)`.
+    """
     prefix = f"{DIRECTORY}/"
+    by_inode: dict[int, str] = {}
+    for name in names():
+        with contextlib.suppress(OSError):
+            by_inode[(DIRECTORY / name).lstat().st_ino] = name
     for pid in pids:
         with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", errors="replace") as maps:  # noqa: PTH123
-            yield from (line.split(prefix, 1)[1].rstrip() for line in maps if prefix in line)
+            inodes = [int(line.split(None, 5)[4]) for line in maps if prefix in line]
+            yield from (by_inode[inode] for inode in inodes if inode in by_inode)
         with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as descriptors:
             for descriptor in descriptors:
                 with contextlib.suppress(OSError):
