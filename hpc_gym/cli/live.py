@@ -1,4 +1,4 @@
-"""The one live view of a job: on a terminal a moving table of its stages, elsewhere a line whenever something changes."""
+"""The live view of a job: on a terminal a moving table of its stages, elsewhere a line whenever something changes."""
 
 from __future__ import annotations
 

@@ -53,6 +53,8 @@ class AttemptProgress:
             process.ready, process.text = moment, ""
         elif kind == "exited":
             process.exited = moment
+            if process.ready is None and event.get("exit_code") == 0:
+                process.ready = moment
         elif kind == "restarting":
             self.notes.append(f"{name} on {node} is started again: {event.get('cause', '')}")
         elif kind == "hung":

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from hpc_gym.jobs.progress import AttemptProgress, ProcessProgress
 from hpc_gym.jobs.records import JobRecord
 from hpc_gym.jobs.state import has_ended
-from hpc_gym.plan.plan import Plan
+from hpc_gym.plan.plan import Plan, Process
 
 StageState = Literal["waiting", "running", "done", "failed"]
 
@@ -62,14 +62,14 @@ def _nodes(plan: Plan, record: JobRecord, progress: AttemptProgress, now: float)
 
 def _services(plan: Plan, progress: AttemptProgress, now: float) -> list[Stage]:
     """One stage per kind of process: `vllm-0` and `vllm-1` are one."""
-    groups: dict[str, list[tuple[str, str]]] = {}
+    groups: dict[str, list[tuple[str, Process]]] = {}
     for node in plan.nodes:
         for process in node.processes:
             kind = re.sub(r"-\d+$", "", process.name)
-            groups.setdefault(kind, []).append((node.name, process.name))
+            groups.setdefault(kind, []).append((node.name, process))
     stages = []
     for kind, members in groups.items():
-        known = [progress.processes.get(member, ProcessProgress()) for member in members]
+        known = [_progress(progress, *member) for member in members]
         ready = [each.ready for each in known if each.ready is not None]
         began = min((each.started for each in known if each.started is not None), default=None)
         ended = max(ready) if len(ready) == len(members) else None
@@ -91,8 +91,8 @@ def _training(
 ) -> list[Stage]:
     """The parts that training goes through one after another; each begins when the one before it has ended."""
     evaluation, max_steps = plan.training.evaluation, int(plan.training.grpo.get("max_steps", 0))
-    ranks = [(node.name, each.name) for node in plan.nodes for each in node.processes if each.kind == "task"]
-    known = [progress.processes.get(rank, ProcessProgress()) for rank in ranks]
+    ranks = [(node.name, each) for node in plan.nodes for each in node.processes if each.kind == "task"]
+    known = [_progress(progress, *rank) for rank in ranks]
     ready = [each.ready for each in known if each.ready is not None]
     began = max(ready) if ready and len(ready) == len(ranks) else None
     said = next((each.text for each in known if each.text and each.ready is not None), "")
@@ -118,6 +118,12 @@ def _training(
         stages.append(stage)
         began = end if stage.state == "done" else None
     return stages
+
+
+def _progress(progress: AttemptProgress, node: str, process: Process) -> ProcessProgress:
+    """How far a process is; one that nobody asks whether it is ready counts as ready when it has started."""
+    known = progress.processes.get((node, process.name), ProcessProgress())
+    return known if process.ready else replace(known, ready=known.started)
 
 
 def _timed(name: str, began: float | None, ended: float | None, now: float) -> Stage:
