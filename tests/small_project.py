@@ -1,0 +1,81 @@
+"""A folder with a model, rows and an experiment, small but complete."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from hpc_gym.errors import UserError
+from hpc_gym.plan.plan import Plan
+from hpc_gym.plan.resolve import plan_for
+
+EXPERIMENT = """\
+extends: [clusters/local, environments/reasoning_gym, environments/mcqa]
+name: small
+nodes: {rollout: 1, train: 2}
+model: {path: model}
+data:
+  train:
+    - {environment: reasoning_gym, path: reasoning.jsonl, weight: 2}
+    - {environment: mcqa, path: mcqa.jsonl}
+vllm: {max_model_len: 2048, tool_call_parser: hermes}
+grpo:
+  max_steps: 10
+  num_generations: 4
+  per_device_train_batch_size: 6
+"""
+
+
+def row(agent: str | None = None) -> str:
+    """A dataset row as JSON."""
+    content: dict[str, object] = {"responses_create_params": {"input": [{"role": "user", "content": "hi"}]}}
+    if agent:
+        content["agent_ref"] = {"type": "responses_api_agents", "name": agent}
+    return json.dumps(content) + "\n"
+
+
+def make_model(folder: Path) -> Path:
+    """A folder that looks like a model from outside."""
+    folder.mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+@dataclass(frozen=True)
+class Project:
+    """The folder, and its experiment with some lines on top."""
+
+    folder: Path
+
+    def plan(self, *overrides: str, more: str = "", cluster: str | None = None) -> Plan:
+        """The Plan of the experiment, changed by `more` YAML and overrides."""
+        return plan_for(self.write(more), overrides, cluster)
+
+    def refused(self, *overrides: str, more: str = "", cluster: str | None = None) -> str:
+        """What is said against it."""
+        with pytest.raises(UserError) as caught:
+            self.plan(*overrides, more=more, cluster=cluster)
+        return str(caught.value)
+
+    def write(self, more: str = "") -> Path:
+        """The experiment's file."""
+        if not more:
+            return self.folder / "small.yaml"
+        (self.folder / "top.yaml").write_text("extends: [./small.yaml]\n" + more)
+        return self.folder / "top.yaml"
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "model")
+    (tmp_path / "reasoning.jsonl").write_text(row() + row("reasoning_gym_simple_agent"))
+    (tmp_path / "mcqa.jsonl").write_text(row("mcqa_simple_agent") * 3)
+    (tmp_path / "small.yaml").write_text(EXPERIMENT)
+    return Project(tmp_path)
+
+

@@ -1,0 +1,3 @@
+from small_project import project
+
+__all__ = ["project"]

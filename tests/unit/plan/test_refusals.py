@@ -1,0 +1,214 @@
+"""What an experiment must not say, across its sections and roles: each is refused with a sentence at the key to change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hpc_gym.errors import UserError
+from hpc_gym.plan.checks import refuse_absent_hub_model, refuse_existing_run
+
+from small_project import Project, row
+
+CUDA = "runtimes: {device: cuda, inference: inference-cpu, train: train-cpu}\n"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        # the batch, as TRL demands
+        (
+            ["grpo.num_generations=5"],
+            "grpo.num_generations: 5 must divide the generation batch of 12 completions (6 per device x 2 ranks x "
+            "steps_per_generation 1), for a group must not be cut; allowed: 2, 3, 4, 6, 12, or change",
+        ),
+        (["grpo.num_generations=1"], "grpo.num_generations: must be a whole number of at least 2, not 1: a group's baseline"),
+        (["grpo.max_steps=0"], "grpo.max_steps: must be a whole number of at least 1, not 0."),
+        (["grpo.generation_batch_size=13"], "grpo.generation_batch_size: 13 must be a multiple of the batch of one micro-step, 12"),
+        (
+            ["grpo.generation_batch_size=12", "grpo.steps_per_generation=1"],
+            "grpo.generation_batch_size: set this or steps_per_generation, not both",
+        ),
+        # on-policy
+        (
+            ["grpo.steps_per_generation=2"],
+            "max_staleness: 0 means strictly on-policy, but steps_per_generation = 2 is more than "
+            "gradient_accumulation_steps = 1",
+        ),
+        (["grpo.num_iterations=2", "grpo.gradient_accumulation_steps=2"], "grpo.num_iterations: 2 trains on every rollout again"),
+        (
+            ["grpo.gradient_accumulation_steps=3", "grpo.steps_per_generation=2"],
+            "grpo.gradient_accumulation_steps: 3 must divide, or be a multiple of, steps_per_generation x num_iterations = 2",
+        ),
+        (["max_staleness=1"], "max_staleness: 1 is reserved"),
+        # sampling
+        (["rollouts.temperature=0"], "rollouts.temperature: 0 makes all rollouts of a group equal"),
+        (["rollouts.top_p=0.9", "on_policy_tolerance=1e-4"], "rollouts.top_p: 0.9 cuts the distribution"),
+        (
+            ["grpo.multi_objective_aggregation=normalize_then_sum"],
+            "grpo.multi_objective_aggregation: 'normalize_then_sum' would normalize",
+        ),
+        (["rollouts.max_output_tokens=4096"], "rollouts.max_output_tokens: 4096 tokens a turn do not fit into vllm.max_model_len = 2048"),
+        (["vllm.max_model_len=null"], "vllm: max_model_len is missing"),
+        # roles
+        (["gpus_per_node=2"], "gpus_per_node: 2 GPUs, but runtimes.device is cpu"),
+        (["nodes.judge=1"], "nodes.judge: the judge role is reserved"),
+        (["nodes.environment=1"], "nodes.environment: nodes of their own for environments are reserved"),
+        (["weights.transfer=nccl"], "weights.transfer: 'nccl' needs GPUs"),
+        (["weights.transfer=adapter"], "weights.transfer: 'adapter' is reserved"),
+        (["runtimes.gym=gmy"], "runtimes.gym: runtime 'gmy' does not exist; the runtimes are: "),
+        (["cluster.runtime.kind=apptainer"], "cluster.runtime.images: names no image for 'inference'"),
+        (["cluster.runtime.kind=modules"], "cluster.runtime.modules: is empty"),
+        # evaluation and environments
+        (["evaluation.at_end=true"], "evaluation: asks for an evaluation, but data.eval names no rows"),
+        (
+            ["data.train.0.environment=reasoning_gm"],
+            "data.train.0.environment: 'reasoning_gm' is not configured; did you mean 'reasoning_gym'?",
+        ),
+        # model
+        (["model.path=nowhere"], "model.path: there is no folder"),
+        (["model.path=./org/name"], "model.path: there is no folder"),
+        (["model.path=small.yaml"], "small.yaml is a file; a model is a folder"),
+        (["model.path=."], "is no model: it has no config.json and no weights (*.safetensors) and no tokenizer"),
+        # what hpc-gym owns
+        (["grpo.output_dir=x"], "grpo.output_dir: hpc-gym owns this option: checkpoints and the model go into the run"),
+        (["grpo.temperature=1"], "grpo.temperature: hpc-gym owns this option: the rollout servers sample"),
+        (["vllm.port=8000"], "vllm.port: hpc-gym owns this option: vLLM listens on a Unix socket"),
+        (["vllm.api-key=x"], "vllm.api-key: hpc-gym owns this option: vLLM listens on a Unix socket"),
+        (["deepspeed.train_batch_size=8"], "deepspeed.train_batch_size: hpc-gym owns this option: it follows from"),
+        (["deepspeed.zero_stage=5"], "deepspeed.zero_stage: 5 is not allowed; allowed: 0, 1, 2, 3."),
+        (["deepspeed.zero_optimization.stage=3"], "deepspeed.zero_optimization.stage: set deepspeed.zero_stage."),
+    ],
+)  # fmt: skip
+def test_refused(project: Project, overrides: list[str], says: str) -> None:
+    assert says in project.refused(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ([], "gpus_per_node: 0 GPUs, but runtimes.device is cuda"),
+        (
+            ["gpus_per_node=4", "vllm.tensor_parallel_size=8"],
+            "vllm.tensor_parallel_size: tensor_parallel_size x pipeline_parallel_size x data_parallel_size = 8 GPUs per vLLM, "
+            "times 1 on a rollout node, is 8; a node has 4 (gpus_per_node).",
+        ),
+        (
+            ["gpus_per_node=4", "vllm.tensor_parallel_size=2", "rollouts.replicas=3"],
+            "rollouts.replicas: tensor_parallel_size x pipeline_parallel_size x data_parallel_size = 2 GPUs per vLLM, times 3 "
+            "on a rollout node, is 6; a node has 4",
+        ),
+        (["gpus_per_node=2", "ranks_per_node=4"], "ranks_per_node: 4 training ranks, but a node has 2 GPUs"),
+    ],
+)
+def test_gpus_are_counted(project: Project, overrides: list[str], says: str) -> None:
+    assert says in project.refused(*overrides, more=CUDA)
+
+
+def test_a_missing_step_count_is_asked_for(project: Project) -> None:
+    text = (project.folder / "small.yaml").read_text().replace("  max_steps: 10\n", "")
+    (project.folder / "small.yaml").write_text(text)
+    assert "grpo: max_steps is missing" in project.refused()
+
+
+def test_checkpoints_fall_between_generation_batches(project: Project) -> None:
+    overrides = ["grpo.gradient_accumulation_steps=2", "grpo.steps_per_generation=2", "checkpoints.every=7"]
+    assert project.plan(*overrides).training.checkpoint_every == 7  # a cycle is one step here
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "rows.jsonl is empty"),
+        (row() * 16 + "{oops\n", "rows.jsonl:17: not JSON"),
+        ('{"question": "x"}\n', "rows.jsonl:1: the row lacks 'responses_create_params'"),
+        (
+            row() + row("mcqa_simple_agent"),
+            "rows.jsonl:2: agent_ref names 'mcqa_simple_agent', but the environment 'reasoning_gym' is served by "
+            "'reasoning_gym_simple_agent'; that agent serves the environment 'mcqa'.",
+        ),
+        (row("nobody"), "rows.jsonl:1: agent_ref names 'nobody', but the environment 'reasoning_gym' is served by "
+         "'reasoning_gym_simple_agent'; no configured environment has that agent."),
+    ],
+)  # fmt: skip
+def test_bad_rows_are_refused_where_the_experiment_names_them(project: Project, text: str, says: str) -> None:
+    (project.folder / "rows.jsonl").write_text(text)
+    message = project.refused(more="data:\n  train:\n    - {environment: reasoning_gym, path: rows.jsonl}\n")
+    assert message.startswith("top.yaml:4: data.train.0.path: ")
+    assert says in message
+
+
+def test_a_missing_rows_file_is_named_in_full(project: Project) -> None:
+    message = project.refused("data.train.0.path=no.jsonl")
+    assert message == (
+        f"override 'data.train.0.path=no.jsonl': data.train.0.path: there is no file {project.folder / 'no.jsonl'}."
+    )
+
+
+def test_all_problems_come_at_once(project: Project) -> None:
+    message = project.refused("grpo.num_generations=5", "data.train.0.path=no.jsonl", "model.path=./nothing")
+    assert message.startswith("3 problems:\n")
+
+
+def test_environments_that_define_one_server_differently_are_refused(project: Project) -> None:
+    for name, steps in (("one", 1), ("two", 2)):
+        (project.folder / f"{name}.yaml").write_text(
+            "server: {resources_servers: {mcqa: {entrypoint: app.py}}}\n"
+            f"{name}_agent: {{responses_api_agents: {{simple_agent: {{max_steps: 3}}}}}}\n"
+            f"shared: {{responses_api_models: {{vllm_model: {{steps: {steps}}}}}}}\n"
+        )
+    more = "environments:\n  one: {config_paths: [one.yaml]}\n  two: {config_paths: [two.yaml]}\n"
+    message = project.refused(more=more)
+    assert "environments.two: its server 'shared' is defined otherwise by the environment 'one'" in message
+    assert "'server'" not in message  # defined alike by both, so they share it
+
+
+def test_an_environment_file_of_ones_own_needs_no_code(project: Project) -> None:
+    (project.folder / "mine.yaml").write_text(
+        "mine: {resources_servers: {mcqa: {entrypoint: app.py}}}\n"
+        "mine_agent: {responses_api_agents: {simple_agent: {entrypoint: app.py}}}\n"
+    )
+    more = "environments: {mine: {config_paths: [mine.yaml]}}\ndata: {train: [{environment: mine, path: mine.jsonl}]}\n"
+    (project.folder / "mine.jsonl").write_text(row("mine_agent"))
+    environment = project.plan(more=more).environments[-1]
+    assert (environment.name, environment.agent) == ("mine", "mine_agent")
+    assert environment.config_paths == (str(project.folder / "mine.yaml"),)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: {resources_servers: {x: {}}}\n", "define no agent"),
+        (
+            "a: {responses_api_agents: {x: {}}}\nb: {responses_api_agents: {x: {}}}\n",
+            "define several agents: set agent to one of a, b.",
+        ),
+        ("a: {\n", "env.yaml:2: not YAML"),
+    ],
+)
+def test_an_environment_without_one_agent_is_refused(project: Project, text: str, says: str) -> None:
+    (project.folder / "env.yaml").write_text(text)
+    assert says in project.refused(more="environments: {mine: {config_paths: [env.yaml]}}\n")
+
+
+def test_a_missing_environment_file_is_refused(project: Project) -> None:
+    message = project.refused(more="environments: {mine: {config_paths: [./env.yaml], agent: a}}\n")
+    assert "top.yaml:2: environments.mine.config_paths.0: there is no file env.yaml." in message
+
+
+def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
+    refuse_existing_run(tmp_path / "new")
+    (tmp_path / "old").mkdir()
+    with pytest.raises(UserError, match="the run old exists already"):
+        refuse_existing_run(tmp_path / "old")
+
+
+def test_a_hub_model_must_be_in_the_cache(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a job never downloads"):
+        refuse_absent_hub_model("org/name", tmp_path)
+    snapshot = tmp_path / "models--org--name/snapshots/abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    refuse_absent_hub_model("org/name", tmp_path)
+    refuse_absent_hub_model("/a/folder", tmp_path)
