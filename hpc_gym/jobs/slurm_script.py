@@ -63,7 +63,8 @@ def srun_options(launch: Launch, nodes: int) -> Directives:
 def _directives(options: Mapping[str, Any]) -> Directives:
     """Options in Slurm's spelling: `_` becomes `-`, true a flag, false and null leave the option out."""
     directives: Directives = {}
-    for name, value in options.items():
+    # In order of name: that of a mapping is not the same once it has been through JSON.
+    for name, value in sorted(options.items()):
         option = name.replace("_", "-")
         if not _OPTION.fullmatch(option):
             raise UserError(f"'{name}' is no option of sbatch: option names are lower-case letters, digits and dashes")
