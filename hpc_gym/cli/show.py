@@ -106,6 +106,10 @@ def _print_table(entries: list[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    console = Console()
+    if not console.is_terminal:
+        # Nothing is folded where a program reads.
+        console = Console(width=10_000)
     table = Table(box=None, pad_edge=False)
     for title in ("key", "value", "set by", "which overrode"):
         table.add_column(title, overflow="fold")
@@ -113,4 +117,4 @@ def _print_table(entries: list[dict[str, Any]]) -> None:
         value = f"{entry['value']}" if entry["written"] is None else f"{entry['value']}  (written {entry['written']})"
         overrode = "\n".join(f"{each['value']} ({each['set_by']})" for each in entry["overrode"])
         table.add_row(*(Text(str(cell)) for cell in (entry["key"], value, entry["set_by"], overrode)))
-    Console(soft_wrap=False).print(table)
+    console.print(table)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hpc_gym.shipped import shipped
+
 KeyPath = tuple[str | int, ...]
 """`("data", "train", 0, "path")`; written `data.train.0.path`."""
 
@@ -70,8 +72,8 @@ class Provenance:
 
 
 def display(file: Path) -> str:
-    """The file as a reader finds it: relative to the working directory when it lies below it."""
-    try:
+    """The file as a reader finds it: relative to the working directory, or to where hpc-gym's own configs are."""
+    if file.is_relative_to(Path.cwd()):
         return str(file.relative_to(Path.cwd()))
-    except ValueError:
-        return str(file)
+    own = shipped("configs").resolve()
+    return f"hpc-gym's configs/{file.relative_to(own)}" if file.is_relative_to(own) else str(file)

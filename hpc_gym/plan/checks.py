@@ -63,15 +63,6 @@ def model_source(written: str, folder: Path) -> str:
     )
 
 
-def refuse_existing_run(run_dir: Path) -> None:
-    """Raises UserError when the run directory is there already: a run's results are never overwritten."""
-    if run_dir.exists():
-        raise UserError(
-            f"the run {run_dir.name} exists already ({run_dir}): choose another name with name=NAME, or remove that "
-            "folder."
-        )
-
-
 def refuse_absent_hub_model(model: str, cache: Path) -> None:
     """Raises UserError when `model` is a hub name that the cache (`HF_HOME/hub`) of this machine does not hold."""
     if Path(model).is_absolute():

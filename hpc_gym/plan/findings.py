@@ -13,7 +13,7 @@ from hpc_gym.config.schema import Experiment, Rows, WeightedRows
 from hpc_gym.data.rows import check_rows
 from hpc_gym.errors import UserError
 from hpc_gym.plan.batch import Batch
-from hpc_gym.plan.checks import model_source
+from hpc_gym.plan.checks import default_hub_cache, model_source, refuse_absent_hub_model
 from hpc_gym.plan.nemo_gym import Gym, Served, clashes, data_file, serve
 from hpc_gym.plan.plan import DataSource, Runtime
 from hpc_gym.plan.processes import BASE, Names
@@ -68,6 +68,9 @@ class Findings:
         key = ("model", "path")
         try:
             model = model_source(self.experiment.model.path, self.composed.folder_of(key))
+            if self.experiment.cluster.kind == "local":
+                # The job runs where this does, so what the cache lacks now it will lack then.
+                refuse_absent_hub_model(model, default_hub_cache())
         except UserError as error:
             self.problems.append(Problem(key, str(error)))
             return ""

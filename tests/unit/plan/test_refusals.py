@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hpc_gym.errors import UserError
-from hpc_gym.plan.checks import refuse_absent_hub_model, refuse_existing_run
+from hpc_gym.plan.checks import refuse_absent_hub_model
 
 from small_project import Project, row
 
@@ -197,13 +197,6 @@ def test_a_missing_environment_file_is_refused(project: Project) -> None:
     assert "top.yaml:2: environments.mine.config_paths.0: there is no file env.yaml." in message
 
 
-def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
-    refuse_existing_run(tmp_path / "new")
-    (tmp_path / "old").mkdir()
-    with pytest.raises(UserError, match="the run old exists already"):
-        refuse_existing_run(tmp_path / "old")
-
-
 def test_a_hub_model_must_be_in_the_cache(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a job never downloads"):
         refuse_absent_hub_model("org/name", tmp_path)
@@ -212,3 +205,10 @@ def test_a_hub_model_must_be_in_the_cache(tmp_path: Path) -> None:
     (snapshot / "config.json").write_text("{}")
     refuse_absent_hub_model("org/name", tmp_path)
     refuse_absent_hub_model("/a/folder", tmp_path)
+
+
+def test_a_local_job_is_refused_when_its_hub_model_is_not_there(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(project.folder / "hub"))
+    assert "model.path: the model org/name is not in the cache" in project.refused("model.path=org/name")
+    slurm = "cluster: {kind: slurm}\n"  # the cluster's cache may be elsewhere
+    assert project.plan("model.path=org/name", more=slurm).training.model == "org/name"
