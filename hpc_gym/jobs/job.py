@@ -121,6 +121,7 @@ class HpcgymJob(Job[dict[str, Any]]):
     def cancel(self, check: bool = True) -> None:
         """Stops the job in good order; with `check`, waits until nothing of it is left. Raises UserError otherwise."""
         outcome = cancel(self.record, wait=check)
+        self._watch = None
         if check and not outcome.gone:
             raise UserError(outcome.sentence)
 
