@@ -5,8 +5,10 @@ Whatever asks Slurm goes through `_ask`, so that its absence or an answer of "no
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hpc_gym.errors import UserError
@@ -17,7 +19,9 @@ _LONG_STATES = {"COMPLETING": "RUNNING", "CONFIGURING": "PENDING", "REQUEUE_HOLD
 
 def submit(run_dir: Path) -> str:
     """Hands `job.sh` to sbatch and returns the job id (of the leader, for a heterogeneous job)."""
-    answer = _ask(["sbatch", "--parsable", str(run_dir / "job.sh")])
+    # SBATCH_PARTITION and the like win over the script's directives: what is submitted is the script.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SBATCH_")}
+    answer = _ask(["sbatch", "--parsable", str(run_dir / "job.sh")], environment)
     job_id = answer.strip().splitlines()[-1].split(";")[0]
     if not job_id.isdigit():
         raise UserError(f"sbatch answered {answer.strip()!r} instead of a job id")
@@ -38,11 +42,17 @@ def states(job_ids: Sequence[str]) -> dict[str, str]:
     return {job_id: _joined(states) for job_id, states in found.items()}
 
 
-def cancel(record: JobRecord, kill: bool = False) -> bool:
-    """Asks Slurm to stop the job: first the supervisors alone, in good order; with `kill`, at once."""
-    # SIGTERM to the steps only: the batch script must live to see its srun end.
-    _ask(["scancel", record.job_id] if kill else ["scancel", "--signal=TERM", record.job_id])
-    return True
+def cancel(record: JobRecord, kill: bool = False) -> None:
+    """Asks the job to stop: a running one by a signal to its batch script, so that it ends in good order however short
+    KillWait is; one that waits, or any with `kill`, through Slurm.
+    """
+    if kill:
+        _ask(["scancel", record.job_id])
+        return
+    # scancel fails for a job that has ended, which is all that is wanted.
+    for options in (["--state=PENDING"], ["--state=RUNNING", "--batch", "--signal=INT"]):
+        with contextlib.suppress(UserError):
+            _ask(["scancel", *options, record.job_id])
 
 
 def _components(command: list[str], job_ids: Sequence[str]) -> dict[str, list[str]]:
@@ -70,9 +80,9 @@ def _joined(states: list[str]) -> str:
     return (wrong or states or ["UNKNOWN"])[0]
 
 
-def _ask(command: list[str]) -> str:
+def _ask(command: list[str], environment: Mapping[str, str] | None = None) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
     except FileNotFoundError:
         raise UserError(f"'{command[0]}' is not on PATH: go to a login node of the cluster") from None
     except subprocess.TimeoutExpired:

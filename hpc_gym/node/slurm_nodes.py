@@ -19,6 +19,7 @@ from types import FrameType
 
 from hpc_gym.node import attempt as attempts
 from hpc_gym.node import scontrol
+from hpc_gym.node.causes import cause_from_log
 from hpc_gym.node.channel import Refused, connect
 from hpc_gym.node.context import NodeContext
 from hpc_gym.plan.plan import Plan
@@ -45,7 +46,7 @@ class SlurmNodes:
         self._plan = Plan.read(run_dir)
         self._command = command
         self._job_id = os.environ["HPC_GYM_JOB_ID"]
-        self._context = NodeContext.from_environment(run_dir, Path(), {**os.environ, "HPC_GYM_NODE_RANK": "0"})
+        self._context = NodeContext.from_environment(run_dir, {**os.environ, "HPC_GYM_NODE_RANK": "0"})
         self._to_forward: list[str] = []
         for signum in (signal.SIGUSR2, signal.SIGINT):
             signal.signal(signum, self._note)
@@ -129,10 +130,24 @@ class SlurmNodes:
         corrected.write(self._plan.run_dir, self._context.attempt_dir)
         return corrected
 
-    def _failure(self, cause: str, code: int | None = None) -> Failure:
-        log = f"{self._plan.run_dir}/submitit/{self._job_id}_batch.out"
-        node = self._plan.nodes[0]
-        return Failure(node.role, node.name, "srun", cause, log, self._context.attempt, time.time(), code)
+    def _failure(self, cause: str, log: Path | None = None, rank: int = 0, code: int | None = None) -> Failure:
+        log = log or self._submitit("batch.out")
+        node = self._plan.nodes[rank]
+        return Failure(node.role, node.name, "supervisor", cause, str(log), self._context.attempt, time.time(), code)
+
+    def _without_outcome(self, code: int) -> Failure:
+        """What is said when no coordinator lived to say it: the first task whose own log tells of an error, else
+        srun.
+        """
+        for node in self._plan.nodes:
+            log = self._submitit(f"{node.rank}_log.err")
+            if cause := cause_from_log(log):
+                return self._failure(cause, log, node.rank)
+        cause = cause_from_log(self._submitit("batch.out"))
+        return self._failure(f"srun ended without an outcome of the attempt: {cause}", code=code)
+
+    def _submitit(self, name: str) -> Path:
+        return Path(self._plan.run_dir) / "submitit" / f"{self._job_id}_{name}"
 
     def _lost_in_a_row(self) -> int:
         """How many attempts, up to this one, ended one after the other because a node was lost."""

@@ -53,3 +53,6 @@ def slurm_cluster(slurm_session: Cluster, monkeypatch: pytest.MonkeyPatch) -> It
 def shared(slurm_cluster: Cluster) -> Path:
     """A new folder on the cluster's shared file system."""
     return Path(tempfile.mkdtemp(dir=slurm_cluster.shared))
+
+
+from slurm_jobs import submit  # noqa: E402, F401 (a fixture)
