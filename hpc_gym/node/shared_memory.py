@@ -94,8 +94,8 @@ def _is_stray(name: str, since: float) -> bool:
 def _in_use(pids: Iterable[int]) -> Iterator[str]:
     """Names of files in /dev/shm that one of the processes has mapped or open.
 
-    By inode: glibc's sem_open maps a semaphore under a temporary name before it links the one that others open, so that the
-    mapping of a living semaphore reads `/dev/shm/sem.XXXXXX (deleted)`.
+    By inode: glibc's sem_open maps a semaphore under a temporary name before it links the one that others open, so
+    that the mapping of a living semaphore reads `/dev/shm/sem.XXXXXX (deleted)`.
     """
     prefix = f"{DIRECTORY}/"
     by_inode: dict[int, str] = {}
