@@ -94,7 +94,7 @@ def _training(
     ranks = [(node.name, each) for node in plan.nodes for each in node.processes if each.kind == "task"]
     known = [_progress(progress, *rank) for rank in ranks]
     ready = [each.ready for each in known if each.ready is not None]
-    began = max(ready) if ready and len(ready) == len(ranks) else None
+    began = all_ready = max(ready) if ready and len(ready) == len(ranks) else None
     said = next((each.text for each in known if each.text and each.ready is not None), "")
     step = int(last_step.get("step", 0))
     stepped = float(last_step["time"]) if max_steps and step >= max_steps else None
@@ -110,6 +110,8 @@ def _training(
     parts.append(("export", exported, ""))
     stages = []
     for name, end, detail in parts:
+        if name == "training" and step:
+            began = began or all_ready
         stage = _timed(name, began, end, now)
         if stage.state == "running":
             stage = replace(stage, detail=", ".join(filter(None, [detail, said])))

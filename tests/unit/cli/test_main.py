@@ -1,0 +1,162 @@
+"""The command line through its real entry point: exit codes, messages, speed of nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from job_plans import plan, task
+
+from hpc_gym.cli.main import COMMANDS
+from hpc_gym.jobs.records import JobRecord, ProcessIdentity
+from hpc_gym.protocol.log_lines import stamp
+
+HPC_GYM = [sys.executable, "-m", "hpc_gym.cli.main"]
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    return {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state"), "HPC_GYM_RUNS": str(tmp_path / "runs")}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run that has ended, with one log."""
+    folder = tmp_path / "runs" / "past"
+    logs = folder / "attempts" / "1" / "logs"
+    logs.mkdir(parents=True)
+    (folder / "attempts" / "latest").symlink_to("1")
+    (folder / "plan.json").write_text(plan(folder, train=[[task("rank-0", "pass")]]).to_json())
+    (logs / "train-0-rank-0.log").write_bytes(b"".join(stamp(1.79e9 + n) + b"line %d\n" % n for n in range(50_000)))
+    gone = ProcessIdentity(os.uname().nodename, "another life", 1, 1)
+    JobRecord("local-7", "local", "past", str(folder), "demo", "local", 1, time.time(), gone).write()
+    return folder
+
+
+def hpc_gym(environment: dict[str, str], *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*HPC_GYM, *arguments], env=environment, cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def test_help_names_every_command_without_importing_one(environment: dict[str, str]) -> None:
+    code = (
+        "import sys\nfrom hpc_gym.cli.main import run\nassert run(['--help']) == 0\n"
+        "heavy = {'rich', 'pydantic', 'omegaconf', 'jinja2', 'submitit', 'numpy', 'aiohttp', 'hpc_gym.jobs'}\n"
+        "print('heavy:', sorted(heavy & set(sys.modules)))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout.splitlines()[-1] == "heavy: []"
+    for name, command in COMMANDS.items():
+        assert f"  {name} " in told.stdout
+        assert command.summary in told.stdout
+
+
+def test_importing_the_package_imports_nothing(environment: dict[str, str]) -> None:
+    code = (
+        "import sys; before = set(sys.modules); import hpc_gym\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)\n"
+        "print(sorted(new), sorted(name for name in sys.modules if name.startswith('hpc_gym')))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "['hpc_gym'] ['hpc_gym', 'hpc_gym.errors']"
+
+
+@pytest.mark.parametrize("name", ["submit", "status", "logs", "list", "cancel"])
+def test_every_command_has_help_with_examples(name: str, environment: dict[str, str]) -> None:
+    told = hpc_gym(environment, name, "--help")
+    assert told.returncode == 0
+    assert f"hpc-gym {name}" in told.stdout
+    assert told.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["sumbit"], "Did you mean 'submit'"),
+        (["submit", "demmo"], "demmo"),
+        (["submit", "demo", "--dry-run", "rollouts.temprature=1"], "did you mean 'temperature'"),
+        (["status", "pst"], "Nearest: past"),
+        (["logs", "nowhere"], "no job 'nowhere'"),
+        (["logs", "past", "--role", "judge"], "no role 'judge'; it has: train"),
+        (["logs", "past", "--attempt", "4"], "no attempt 4; it has: 1"),
+        (["logs", "past", "--errors", "--follow"], "choose one"),
+        (["cancel", "nowhere"], "no job 'nowhere'"),
+        (["status", "--nonsense"], "No such option"),
+    ],
+)
+def test_wrong_requests_get_a_sentence_and_exit_code_2(
+    arguments: list[str], told: str, environment: dict[str, str], run_dir: Path, tmp_path: Path
+) -> None:
+    answer = hpc_gym(environment, *arguments, cwd=tmp_path)
+    assert answer.returncode == 2
+    assert told in answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert answer.stdout == ""
+
+
+def test_facts_are_printed_as_json_when_asked(environment: dict[str, str], run_dir: Path) -> None:
+    (listed,) = json.loads(hpc_gym(environment, "list", "--json").stdout)
+    assert (listed["name"], listed["state"], listed["run_dir"]) == ("past", "FAILED", str(run_dir))
+    status = json.loads(hpc_gym(environment, "status", "--json").stdout)
+    assert (status["name"], status["state"]) == ("past", "FAILED")
+    cancelled = hpc_gym(environment, "cancel", "past", "--json")
+    assert cancelled.returncode == 0
+    assert json.loads(cancelled.stdout)["gone"] is True
+
+
+def test_list_and_status_read_well_without_a_terminal(environment: dict[str, str], run_dir: Path) -> None:
+    listed = hpc_gym(environment, "list").stdout.splitlines()
+    assert listed[0].split()[:3] == ["NAME", "STATE", "SUBMITTED"]
+    assert listed[1].startswith("past  FAILED")
+    status = hpc_gym(environment, "status", "past")
+    assert "training" in status.stdout
+    assert "\x1b" not in status.stdout
+
+
+def test_following_a_job_that_failed_exits_with_1(environment: dict[str, str], run_dir: Path) -> None:
+    told = hpc_gym(environment, "status", "past", "--follow")
+    assert told.returncode == 1
+    assert "job local-7 FAILED" in told.stdout
+
+
+def test_reader_that_goes_away_is_no_error(environment: dict[str, str], run_dir: Path) -> None:
+    command = f"{sys.executable} -m hpc_gym.cli.main logs past | head -n 2"
+    told = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=60)
+    assert len(told.stdout.splitlines()) == 2
+    assert told.stderr == ""
+
+
+def test_ctrl_c_is_quiet_and_exits_with_130(environment: dict[str, str], run_dir: Path) -> None:
+    record = JobRecord.read(run_dir)
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    me = ProcessIdentity(os.uname().nodename, boot, os.getpid(), started)
+    JobRecord(**{**vars(record), "process": me}).write()
+    with subprocess.Popen(
+        [*HPC_GYM, "logs", "past", "--follow"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as following:
+        assert following.stdout is not None
+        assert following.stdout.readline()
+        following.send_signal(signal.SIGINT)
+        _, errors = following.communicate(timeout=20)
+    assert (following.returncode, errors) == (130, b"")
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("hpc-gym st", "status"),
+        ("hpc-gym status pa", "past"),
+        ("hpc-gym submit five", "five-node"),
+        ("hpc-gym submit demo --cluster loc", "local"),
+    ],
+)
+def test_names_are_completed(words: str, offered: str, environment: dict[str, str], run_dir: Path) -> None:
+    asked = {"_HPC_GYM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    told = hpc_gym(environment | asked)
+    assert offered in told.stdout.split()

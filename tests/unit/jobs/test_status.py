@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from job_plans import plan, service, task
+
+from hpc_gym.cli.live import LinePrinter, view
+from hpc_gym.jobs.records import JobRecord, ProcessIdentity
+from hpc_gym.jobs.stages import Stage
+from hpc_gym.jobs.status import Status, StatusReader, read_status
+from hpc_gym.plan.plan import DataSource, Probe
+from hpc_gym.protocol.attempt import Failure, Outcome
+
+START = 1_790_000_000.0
+PROBE = Probe(kind="notify")
+HELD_OUT = (DataSource("counter", "/held-out.jsonl", 1.0, 4),)
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> JobRecord:
+    rollout = [service("vllm-0", "", ready=PROBE), service("vllm-1", "", ready=PROBE), service("gym", "", ready=PROBE)]
+    ranks = [[task("rank-0", "", ready=PROBE)], [task("rank-1", "", ready=PROBE)]]
+    wanted = plan(tmp_path, rollout, ranks, max_steps=10, held_out=HELD_OUT)
+    (tmp_path / "plan.json").write_text(wanted.to_json())
+    gone = ProcessIdentity(os.uname().nodename, "another life", 1, 1)
+    return JobRecord("local-1", "local", "run", str(tmp_path), "demo", "local", 3, START, gone)
+
+
+def event(
+    record: JobRecord, second: float, name: str, node: str = "rollout-0", attempt: int = 1, **fields: object
+) -> None:
+    folder = Path(record.run_dir) / "attempts" / str(attempt)
+    folder.mkdir(parents=True, exist_ok=True)
+    latest = folder.parent / "latest"
+    latest.unlink(missing_ok=True)
+    latest.symlink_to(str(attempt))
+    process, _, kind = name.rpartition(":")
+    line = {"time": START + second, "attempt": attempt, "node": node, "role": "", "process": process, "event": kind}
+    with (folder / "events.jsonl").open("a") as file:
+        file.write(json.dumps(line | fields) + "\n")
+
+
+def append(record: JobRecord, file: str, **fields: object) -> None:
+    with (Path(record.run_dir) / file).open("a") as opened:
+        opened.write(json.dumps(fields) + "\n")
+
+
+def step(record: JobRecord, number: int, second: float, **fields: object) -> None:
+    told = {"reward": number / 10, "reward/counter": number / 10, "rollouts": 8, "failed": 0, "tokens": 100}
+    append(record, "metrics.jsonl", **{"attempt": 1, "step": number, "time": START + second} | told | fields)
+
+
+def stages(status: Status) -> dict[str, Stage]:
+    return {stage.name: stage for stage in status.stages}
+
+
+def begin(record: JobRecord) -> None:
+    for node in ("rollout-0", "train-0", "train-1"):
+        event(record, 2, "joined", node)
+    for process in ("vllm-0", "vllm-1", "gym"):
+        event(record, 2.5, f"{process}:started", restarts=0)
+    for node in ("train-0", "train-1"):
+        event(record, 2.5, f"rank-{node[-1]}:started", node, restarts=0)
+
+
+def ready(record: JobRecord) -> None:
+    for process, second in (("vllm-0", 30), ("vllm-1", 32), ("gym", 20)):
+        event(record, second, f"{process}:ready")
+    for node in ("train-0", "train-1"):
+        event(record, 33, f"rank-{node[-1]}:ready", node)
+
+
+def test_before_the_first_attempt_the_job_is_queued(record: JobRecord) -> None:
+    told = stages(read_status(record, "RUNNING"))
+    assert (told["queued"].state, told["nodes"].state, told["nodes"].detail) == ("running", "waiting", "0/3")
+    assert list(told) == [
+        *("queued", "nodes", "vLLM", "NeMo Gym", "trainers"),
+        *("evaluation before", "training", "evaluation after", "export"),
+    ]
+
+
+def test_services_tell_how_many_are_ready_and_what_they_say(record: JobRecord) -> None:
+    begin(record)
+    event(record, 30, "vllm-0:ready")
+    event(record, 12, "gym:progress", text="3 / 9 servers")
+    told = stages(read_status(record, "RUNNING"))
+    assert (told["queued"].state, told["queued"].seconds) == ("done", 2.0)
+    assert (told["nodes"].state, told["nodes"].detail) == ("done", "3/3")
+    assert (told["vLLM"].state, told["vLLM"].detail) == ("running", "1/2 ready")
+    assert (told["NeMo Gym"].state, told["NeMo Gym"].detail) == ("running", "0/1 ready, 3 / 9 servers")
+
+
+def test_training_tells_its_pace_and_what_is_left(record: JobRecord) -> None:
+    begin(record)
+    ready(record)
+    append(
+        record,
+        "evaluations.jsonl",
+        attempt=1,
+        step=0,
+        when="before",
+        time=START + 40,
+        rewards={"counter": [0.0, None, 1.0]},
+    )
+    for number in range(1, 5):
+        step(record, number, 40 + 5 * number, rollout_seconds=3.0, failed=number % 2)
+    event(record, 61, "rank-0:status", "train-0", text="step 5: rollouts 3/8")
+    status = read_status(record, "RUNNING")
+    told = stages(status)
+    assert (told["vLLM"].state, told["vLLM"].seconds) == ("done", 29.5)
+    assert (told["evaluation before"].state, told["evaluation before"].seconds) == ("done", 7.0)
+    assert told["evaluation before"].detail == "counter 0.500"
+    assert (told["training"].state, told["training"].detail) == ("running", "step 4/10, step 5: rollouts 3/8")
+    assert (status.step, status.reward, status.rewards) == (4, 0.4, {"counter": 0.4})
+    assert status.time_left_s == 30.0
+    assert status.tokens_per_s == 20.0
+    assert status.failed_share == pytest.approx(1 / 24)
+    assert status.waiting_share == pytest.approx(0.6)
+
+
+def test_a_finished_job_has_all_stages_done_and_a_fixed_duration(record: JobRecord, tmp_path: Path) -> None:
+    begin(record)
+    ready(record)
+    append(record, "evaluations.jsonl", attempt=1, step=0, when="before", time=START + 40, rewards={"counter": [0.0]})
+    step(record, 10, 90)
+    append(record, "evaluations.jsonl", attempt=1, step=10, when="after", time=START + 100, rewards={"counter": [1.0]})
+    (tmp_path / "model").mkdir()
+    for node in ("train-0", "train-1"):
+        event(record, 105, f"rank-{node[-1]}:exited", node, exit_code=0, signal=None)
+    event(record, 106, "outcome", kind="completed")
+    Outcome("completed").write(tmp_path, tmp_path / "attempts" / "1")
+    status = read_status(record, "COMPLETED")
+    assert {stage.state for stage in status.stages} == {"done"}
+    assert stages(status)["export"].seconds == 5.0
+    assert (status.seconds, status.outcome, status.time_left_s) == (106.0, "COMPLETED", None)
+    assert status.evaluations == {"before": {"counter": 0.0}, "after": {"counter": 1.0}}
+
+
+def test_a_failed_job_says_the_first_cause_and_where_it_stood(record: JobRecord, tmp_path: Path) -> None:
+    begin(record)
+    event(record, 9, "vllm-0:restarting", restarts=1, cause="exit code 1: no memory")
+    failure = Failure("rollout", "rollout-0", "vllm-0", "no memory", "/a.log", 1, START + 20, exit_code=1)
+    Outcome("failed", failure=failure).write(tmp_path, tmp_path / "attempts" / "1")
+    status = read_status(record, "FAILED")
+    assert stages(status)["vLLM"].state == "failed"
+    assert stages(status)["training"].state == "waiting"
+    assert status.outcome == f"FAILED: {failure.sentence()}"
+    assert status.notes == ("vllm-0 on rollout-0 is started again: exit code 1: no memory",)
+
+
+def test_reader_reads_on_leaves_torn_lines_and_turns_to_the_next_attempt(record: JobRecord, tmp_path: Path) -> None:
+    reader = StatusReader(record)
+    begin(record)
+    assert reader.read("RUNNING").attempt == 1
+    step(record, 1, 50)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"attempt": 1, "step": 2, "ti')
+    assert reader.read("RUNNING").step == 1
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        # The attempt was killed in the middle of the line; the next one begins on a fresh line.
+        file.write("\n")
+    event(record, 100, "joined", "rollout-0", attempt=2)
+    step(record, 3, 150, attempt=2)
+    status = reader.read("RUNNING")
+    assert (status.attempt, status.step) == (2, 3)
+    assert stages(status)["nodes"].detail == "1/3"
+
+
+def test_lines_are_printed_once_per_change(record: JobRecord) -> None:
+    reader, printer = StatusReader(record), LinePrinter()
+    begin(record)
+    first = printer.new_lines(reader.read("RUNNING"))
+    assert any("nodes: done" in line and "3/3" in line for line in first)
+    assert printer.new_lines(reader.read("RUNNING")) == []
+    ready(record)
+    assert any("vLLM: done in 29.5 s, 2/2 ready" in line for line in printer.new_lines(reader.read("RUNNING")))
+
+
+def test_view_shows_stages_and_training(record: JobRecord) -> None:
+    from rich.console import Console
+
+    begin(record)
+    ready(record)
+    step(record, 1, 50)
+    step(record, 2, 55)
+    console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
+    console.print(view(read_status(record, "RUNNING")))
+    text = console.export_text()
+    for told in ("vLLM", "2/2 ready", "counter 0.200", "20 tokens/s", "40.0 s left"):
+        assert told in text
+
+
+def test_reading_on_costs_nothing_after_many_steps(record: JobRecord) -> None:
+    begin(record)
+    ready(record)
+    for number in range(1, 5001):
+        step(record, number, 50 + number)
+    reader = StatusReader(record)
+    reader.read("RUNNING")
+    began = time.perf_counter()
+    for _ in range(20):
+        reader.read("RUNNING")
+    assert (time.perf_counter() - began) / 20 < 0.02

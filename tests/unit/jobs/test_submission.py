@@ -1,0 +1,108 @@
+"""Submitting, as far as it goes without a job: the executor, the API's refusals, snapshots, run directories."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import submitit
+from job_plans import plan, task
+
+import hpc_gym
+from hpc_gym.errors import UserError
+from hpc_gym.jobs import submission
+from hpc_gym.jobs.executor import HpcgymExecutor
+from hpc_gym.jobs.request import Request
+from hpc_gym.jobs.snapshot import snapshot
+from hpc_gym.jobs.submission import submit_request
+from hpc_gym.plan.plan import Launch
+
+
+def test_submitit_finds_the_executor_and_takes_its_parameters(tmp_path: Path) -> None:
+    executor = submitit.AutoExecutor(folder=tmp_path, cluster="hpcgym")
+    executor.update_parameters(name="mine", hpcgym_experiment="nowhere", hpcgym_overrides=["seed=3"])
+    assert isinstance(executor._executor, HpcgymExecutor)
+    assert executor._executor.parameters == {"name": "mine", "experiment": "nowhere", "overrides": ["seed=3"]}
+    with pytest.raises(NameError, match="partition"):
+        executor.update_parameters(hpcgym_partition="gpu")
+    with pytest.raises(UserError, match="nodes"):
+        executor.update_parameters(nodes=3)
+
+
+def test_executor_never_offers_itself_for_functions(tmp_path: Path) -> None:
+    assert submitit.AutoExecutor(folder=tmp_path).cluster != "hpcgym"
+    executor = submitit.AutoExecutor(folder=tmp_path, cluster="hpcgym")
+    with pytest.raises(UserError, match="needs an experiment"):
+        executor.submit(hpc_gym.run)
+    executor.update_parameters(hpcgym_experiment="demo")
+    with pytest.raises(UserError, match=r"submit hpc_gym\.run"):
+        executor.submit(print, "hello")
+
+
+def test_unknown_experiment_is_refused_and_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="demmo"):
+        hpc_gym.submit("demmo")
+    assert list(tmp_path.iterdir()) == []
+
+
+def request(run_dir: Path, **fields: object) -> Request:
+    return Request(plan(run_dir, train=[[task("rank-0", "pass")]], **fields), "x", "name: x\n", "local")  # type: ignore[arg-type]
+
+
+def test_slurm_that_is_not_there_or_refuses_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    monkeypatch.setenv("PATH", str(programs))
+    wanted = request(tmp_path / "runs" / "x", launch=Launch(kind="slurm"))
+    with pytest.raises(UserError, match="login node"):
+        submit_request(wanted, Path.touch)
+    (programs / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpuu' >&2\nexit 1\n")
+    (programs / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/bin:/usr/bin")
+    with pytest.raises(UserError, match="invalid partition specified: gpuu"):
+        submit_request(wanted, Path.touch)
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    monkeypatch.setattr(submission, "snapshot", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        submit_request(request(tmp_path / "runs" / "x"), Path.touch)
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_snapshot_is_importable_and_says_where_it_comes_from(tmp_path: Path) -> None:
+    source = snapshot(tmp_path / "code")
+    code = "import hpc_gym, hpc_gym.shipped as s; print(hpc_gym.__file__, s.shipped('templates'))"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "code")}
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert told.stdout.split() == [f"{tmp_path}/code/hpc_gym/__init__.py", f"{tmp_path}/code/templates"]
+    if (Path(hpc_gym.__file__).parents[1] / ".git").exists():
+        assert source.commit is not None
+        assert len(source.commit) == 40
+    assert not list((tmp_path / "code").rglob("__pycache__/*.pyc.*"))
+
+
+def test_run_directory_is_private_only_where_it_holds_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hpc_gym.jobs.submission import _make_run_directory
+
+    monkeypatch.setenv("A_TOKEN", "hunter2")
+    monkeypatch.delenv("NOT_SET", raising=False)
+    run_dir = tmp_path / "runs" / "x"
+    _make_run_directory(request(run_dir, secrets=("A_TOKEN", "NOT_SET")), Path.touch, "local-1")
+    assert stat.S_IMODE((run_dir / "secrets").stat().st_mode) == 0o700
+    secret = run_dir / "secrets" / "submitted.json"
+    assert (stat.S_IMODE(secret.stat().st_mode), secret.read_text()) == (0o600, '{"env": {"A_TOKEN": "hunter2"}}')
+    assert stat.S_IMODE(run_dir.stat().st_mode) & 0o055 == 0o777 & ~submission._umask() & 0o055
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["x"]
