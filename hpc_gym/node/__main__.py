@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -17,19 +18,22 @@ from hpc_gym.protocol.attempt import Outcome
 
 
 def main() -> int:
-    """Runs the node; leaves the outcome in the private directory. Returns its exit code."""
-    run_dir, private_dir = Path(sys.argv[1]), Path(os.environ["HPC_GYM_PRIVATE_DIR"])
+    """Runs the node; leaves the outcome to the guardian in the private directory. Returns its exit code."""
     tree.become_subreaper()
     tree.signal_when_parent_dies(signal.SIGHUP)
-    if os.getppid() != int(os.environ["HPC_GYM_GUARDIAN"]):
+    guardian = int(os.environ["HPC_GYM_GUARDIAN"])
+    if os.getppid() != guardian:
         return 1
-    context = NodeContext.from_environment(run_dir, private_dir)
+    context = NodeContext.from_environment(Path(sys.argv[1]))
 
     async def run() -> Outcome:
         return await NodeRunner(context).run()
 
     outcome = asyncio.run(run())
-    (private_dir / "outcome.json").write_text(outcome.to_json())
+    if os.getppid() == guardian:
+        (context.private_dir / "outcome.json").write_text(outcome.to_json())
+    else:
+        shutil.rmtree(context.private_dir, ignore_errors=True)
     return outcome.exit_code
 
 

@@ -32,7 +32,7 @@ def command(context: NodeContext, spec: Process, values: Values) -> Command:
         "HPC_GYM_RUN_DIR": str(context.run_dir),
         "HPC_GYM_ATTEMPT": str(context.attempt),
         "HPC_GYM_NODE": context.node.name,
-        tree.MARKER: f"{context.marker} {spec.name}",
+        tree.MARKER: context.process_marker(spec.name),
     }
     environment = process_environment(context.plan, os.environ, context.secrets.env, own)
     argv = tuple(values.fill(text, python) for text in spec.argv)

@@ -4,8 +4,11 @@ on.
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import os
 import socket
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +33,9 @@ class NodeContext:
     secrets: Secrets
     address: str
     interface: str
-    private_dir: Path
 
     @classmethod
-    def from_environment(
-        cls, run_dir: Path, private_dir: Path, environment: Mapping[str, str] = os.environ
-    ) -> NodeContext:
+    def from_environment(cls, run_dir: Path, environment: Mapping[str, str] = os.environ) -> NodeContext:
         """Raises UserError where what `hpc_gym.node.attempt` exports is missing."""
         plan = Plan.read(run_dir)
         rank = environment.get("HPC_GYM_NODE_RANK") or environment.get("SLURM_PROCID")
@@ -51,7 +51,7 @@ class NodeContext:
             ) from None
         address, interface = node_address(plan, host)
         secrets = read_secrets(secrets_path(run_dir, attempt))
-        return cls(plan, node, attempt, (host, int(port)), secrets, address, interface, private_dir)
+        return cls(plan, node, attempt, (host, int(port)), secrets, address, interface)
 
     @property
     def run_dir(self) -> Path:
@@ -65,6 +65,20 @@ class NodeContext:
     def marker(self) -> str:
         """What stands in the environment of every process of this node and attempt."""
         return f"{job_marker(self.secrets)} {self.node.name}"
+
+    def process_marker(self, process: str) -> str:
+        return f"{self.marker} {process}"
+
+    @property
+    def private_dir(self) -> Path:
+        """A directory of this node and attempt, on the node. Nobody can guess its name, so nobody can be there before
+        us; all who may have to clean up know it. The path is short enough for Unix sockets (108 bytes) deep inside it
+        (Ray's).
+        """
+        scratch = self.plan.launch.scratch or tempfile.gettempdir()
+        if len(scratch) > 24 or not os.access(scratch, os.W_OK | os.X_OK):
+            scratch = "/tmp"
+        return Path(scratch) / f"hg-{_digest(self.secrets, f'directory of {self.node.name}')[:10]}"
 
     def log(self, role: str, process: str) -> Path:
         return self.attempt_dir / "logs" / log_name(role, self.node.name, process)
@@ -90,9 +104,11 @@ def secrets_path(run_dir: Path, attempt: int) -> Path:
 
 def job_marker(secrets: Secrets) -> str:
     """A word that no other attempt's processes have in their environment; it does not give the token away."""
-    import hashlib
+    return "hpc-gym-" + _digest(secrets, "marker")[:16]
 
-    return "hpc-gym-" + hashlib.sha256(f"marker {secrets.token}".encode()).hexdigest()[:16]
+
+def _digest(secrets: Secrets, purpose: str) -> str:
+    return hmac.new(secrets.token.encode(), purpose.encode(), hashlib.sha256).hexdigest()
 
 
 def node_address(plan: Plan, toward: str = "") -> tuple[str, str]:

@@ -27,6 +27,8 @@ JOIN_WITHIN_S = 120.0
 """From the coordinator's start until every node's supervisor has reported."""
 _SETTLE_S = 0.5
 """After the first failure: a rank that lost its peer is often faster to report than the one that died."""
+_SETTLE_COLLATERAL_S = 2.0
+"""The same, while all that is reported is that a peer is gone: the one that failed may still be in its teardown."""
 
 
 @dataclass
@@ -57,6 +59,8 @@ class Coordinator:
         self._verdict = Verdict(tasks)
         self._changed = asyncio.Event()
         self._seen: set[str] = set()
+        self._orders: list[Message] = []
+        """What was ordered so far, for a node that joins only now."""
         self._started = time.monotonic()
         self._first_cause = 0.0
         self._serving: set[asyncio.Task[None]] = set()
@@ -99,11 +103,14 @@ class Coordinator:
         if not verdict.finished():
             await self._until(lambda: bool(verdict.cancelled), _SETTLE_S)
 
-        def suspect() -> bool:
-            return any(time.monotonic() - peer.last_heard > 2 * beat + 0.5 for peer in self._peers.values())
+        latest = time.monotonic() + _SETTLE_COLLATERAL_S
 
-        while verdict.only_collateral() and not verdict.lost and not verdict.cancelled and suspect():
-            await self._until(lambda: bool(verdict.lost), 0.25)
+        def may_still_come() -> bool:
+            silent = any(time.monotonic() - peer.last_heard > 2 * beat + 0.5 for peer in self._peers.values())
+            return silent or time.monotonic() < latest
+
+        while verdict.only_collateral() and not verdict.lost and not verdict.cancelled and may_still_come():
+            await self._until(lambda: not verdict.only_collateral() or bool(verdict.lost), 0.25)
         outcome = verdict.outcome()
         assert outcome is not None, "an attempt that ends for a reason keeps it"
         return outcome
@@ -117,11 +124,19 @@ class Coordinator:
     async def _stop(self, outcome: Outcome) -> None:
         reason = outcome.sentence()
         self._record("stopping", reason=reason)
-        self._broadcast({"type": "stop", "reason": reason})
-        await self._until(
-            lambda: all(peer.released for peer in self._peers.values() if peer.connected),
-            self._plan.supervision.stop_within_s,
-        )
+        self._order({"type": "stop", "reason": reason})
+        await self._until(self._released, self._plan.supervision.stop_within_s)
+
+    def _released(self) -> bool:
+        """Whether no node is left that could still tell us that it is free. One that has not joined yet will."""
+        never_joined = {failure.node for failure, _ in self._verdict.lost}
+        for node in self._plan.nodes:
+            peer = self._peers.get(node.rank)
+            if peer is None and node.name not in never_joined:
+                return False
+            if peer is not None and peer.connected and not peer.released:
+                return False
+        return True
 
     def _conclude(self, outcome: Outcome) -> None:
         seconds = round(time.monotonic() - self._first_cause, 3)
@@ -148,6 +163,8 @@ class Coordinator:
         self._peers[peer.rank] = peer
         self._record("joined", rank=peer.rank, host=peer.host, address=hello["address"], pid=hello["pid"])
         channel.send(self._registry())
+        for order in self._orders:
+            channel.send(order)
         while (message := await channel.receive()) is not None:
             peer.last_heard = time.monotonic()
             self._take(peer, message)
@@ -156,10 +173,12 @@ class Coordinator:
         self._changed.set()
 
     async def _hear_guardian(self, channel: Channel) -> None:
-        """The guardian of a supervisor reports only that the supervisor has died."""
+        """A guardian reports only that its supervisor has died; the batch script, only the signals it got."""
         while (message := await channel.receive()) is not None:
             if message.get("type") == "failed":
                 self._fail(Failure(**message["failure"]))
+            elif message.get("type") == "signal":
+                self._signalled(str(message["signal"]))
         self._changed.set()
 
     def _take(self, peer: Peer, message: Message) -> None:
@@ -182,7 +201,7 @@ class Coordinator:
         elif kind == "saving":
             (self._saving.add if message["saving"] else self._saving.discard)(task)
         elif kind == "signal":
-            self._signalled(peer, str(message["signal"]))
+            self._signalled(str(message["signal"]))
         elif kind == "released":
             peer.released = True
             self._record("released", rank=peer.rank, seconds=message["seconds"])
@@ -193,7 +212,7 @@ class Coordinator:
         if task in self._saving:
             self._saving.clear()
 
-    def _signalled(self, peer: Peer, signal: str) -> None:
+    def _signalled(self, signal: str) -> None:
         if signal == "SIGUSR2":
             self._checkpoint(f"the job received {signal} (time limit or preemption)")
         elif not self._verdict.cancelled:
@@ -203,7 +222,7 @@ class Coordinator:
         if self._verdict.checkpoint:
             return
         self._verdict.checkpoint = reason
-        self._broadcast({"type": "checkpoint"})
+        self._order({"type": "checkpoint"})
         supervision = self._plan.supervision
         allowed = max(1.0, supervision.time_limit_margin_s - supervision.stop_within_s)
         asyncio.get_running_loop().call_later(allowed, self._checkpoint_overdue)
@@ -249,6 +268,10 @@ class Coordinator:
 
     def _registry(self) -> Message:
         return {"type": "endpoints", "endpoints": {str(rank): found for rank, found in self._endpoints.items()}}
+
+    def _order(self, message: Message) -> None:
+        self._orders.append(message)
+        self._broadcast(message)
 
     def _broadcast(self, message: Message) -> None:
         for peer in self._peers.values():

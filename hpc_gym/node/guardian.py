@@ -16,7 +16,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from types import FrameType
@@ -27,75 +26,67 @@ from hpc_gym.node.channel import Refused, connect
 from hpc_gym.node.context import NodeContext
 from hpc_gym.node.coordinator import failure_message
 from hpc_gym.node.log_pump import LogPump
-from hpc_gym.plan.plan import Plan
+from hpc_gym.node.node_runner import SHARED_MEMORY_RECORD
+from hpc_gym.node.signals import forwarded, start_blocked
 from hpc_gym.protocol.attempt import Failure, Outcome
-
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 def guard(run_dir: Path) -> Outcome:
     """Runs this node's supervisor and returns how the attempt ended. Nothing of this node is left when it returns."""
     tree.become_subreaper()
-    private_dir = make_private_dir(run_dir)
+    context = NodeContext.from_environment(run_dir)
+    log = context.log(context.node.role, "supervisor")
     since, before = time.time(), shared_memory.names()
+    context.private_dir.mkdir(mode=0o700)
     try:
-        context = NodeContext.from_environment(run_dir, private_dir)
-        log = context.log(context.node.role, "supervisor")
-        code = _run_supervisor(run_dir, private_dir, log)
-        left = tree.kill_all(context.marker)
-        if left:
+        code = _run_supervisor(run_dir, log)
+        if left := tree.kill_all(context.marker):
             print(f"{context.node.name}: processes that do not die: {left}", flush=True)
-        shared_memory.remove_left(shared_memory.recorded(private_dir / "shared_memory"), before, since)
         with contextlib.suppress(OSError, ValueError):
-            return Outcome.from_json((private_dir / "outcome.json").read_text())
+            return Outcome.from_json((context.private_dir / "outcome.json").read_text())
         return _report_death(context, log, code)
     finally:
-        shutil.rmtree(private_dir, ignore_errors=True)
+        clean(context, before, since)
 
 
-def make_private_dir(run_dir: Path) -> Path:
-    """A new 0700 directory on this node, with a path short enough for Unix sockets (108 bytes) deep inside it
-    (Ray's).
-    """
-    scratch = Plan.read(run_dir).launch.scratch or tempfile.gettempdir()
-    if len(scratch) > 24 or not os.access(scratch, os.W_OK | os.X_OK):
-        scratch = "/tmp"
-    return Path(tempfile.mkdtemp(prefix="hg-", dir=scratch))
+def clean(context: NodeContext, shared_memory_before: list[str], since: float) -> None:
+    """Removes what a node whose processes are dead left on this machine."""
+    record = context.private_dir / SHARED_MEMORY_RECORD
+    shared_memory.remove_left(shared_memory.recorded(record), shared_memory_before, since)
+    shutil.rmtree(context.private_dir, ignore_errors=True)
 
 
-def _run_supervisor(run_dir: Path, private_dir: Path, log: Path) -> int:
+def _run_supervisor(run_dir: Path, log: Path) -> int:
     """The exit code of the supervisor, negative for a signal. Passes signals on to it meanwhile."""
     pump = LogPump()
     sink, stream = pump.attach(log)
-    environment = {**os.environ, "HPC_GYM_PRIVATE_DIR": str(private_dir), "HPC_GYM_GUARDIAN": str(os.getpid())}
+    environment = {**os.environ, "HPC_GYM_GUARDIAN": str(os.getpid())}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    child: subprocess.Popen[bytes] | None = None
     early: list[int] = []
-    handlers = {signum: signal.signal(signum, lambda number, _: early.append(number)) for signum in _FORWARDED}
-    try:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "hpc_gym.node", str(run_dir)],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=sink,
-            # Ctrl-C goes to the whole foreground group: the supervisor shall hear of it once, from here.
-            start_new_session=True,
-        )
 
-        def forward(number: int, _: FrameType | None) -> None:
-            child.send_signal(number)
+    def forward(number: int, _: FrameType | None) -> None:
+        child.send_signal(number) if child is not None else early.append(number)
 
-        for signum in _FORWARDED:
-            signal.signal(signum, forward)
+    with forwarded(forward):
+        try:
+            # Ctrl-C goes to the whole foreground group: in a session of its own the supervisor hears of it once, from
+            # here.
+            child = start_blocked(
+                [sys.executable, "-m", "hpc_gym.node", str(run_dir)],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                start_new_session=True,
+            )
+        finally:
+            os.close(sink)
         for number in early:
             child.send_signal(number)
         code = child.wait()
-    finally:
-        os.close(sink)
-        stream.ended.wait(0.5)
-        pump.close()
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
+    stream.ended.wait(0.5)
+    pump.close()
     return code
 
 

@@ -11,16 +11,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from hpc_gym.errors import UserError
 from hpc_gym.node import attempt as attempts
-from hpc_gym.node import tree
+from hpc_gym.node import shared_memory, tree
 from hpc_gym.node.context import NodeContext, job_marker
-from hpc_gym.node.guardian import report
+from hpc_gym.node.guardian import clean, report
+from hpc_gym.node.signals import forwarded, start_blocked
 from hpc_gym.plan.plan import Plan
 from hpc_gym.protocol.attempt import Failure, Outcome
 
@@ -37,18 +36,25 @@ class LocalNodes:
         self._environment = environment
         self._tasks: dict[int, subprocess.Popen[bytes]] = {}
         self._ranks: dict[int, int] = {}
-        self._first_end = 0.0
+        self._last_end = 0.0
 
-    def run(self) -> Outcome:
-        """Starts all tasks and returns the outcome of the attempt when nothing of it is left."""
-        with _signals(self._forward):
-            for node in self._plan.nodes:
-                self._start(node.rank)
-            marker = job_marker(self._context(0).secrets)
-            self._wait()
-            self._wait_for_orphans(marker)
+    def run(self, early: list[int]) -> Outcome:
+        """Starts all tasks and returns the outcome of the attempt when nothing of it is left.
+
+        `early`: signals that came when there was no attempt to pass them on to; emptied.
+        """
+        since, shared_memory_before = time.time(), shared_memory.names()
+        marker = job_marker(self._context(0).secrets)
+        for node in self._plan.nodes:
+            self._start(node.rank)
+        while early:
+            self.forward(early.pop(0))
+        self._wait()
+        self._wait_for_orphans()
         if left := tree.kill_all(marker):
             print(f"processes that do not die: {left}", flush=True)
+        for node in self._plan.nodes:
+            clean(self._context(node.rank), shared_memory_before, since)
         outcome = Outcome.read(self._context(0).attempt_dir)
         if outcome is None:
             outcome = self._without_outcome()
@@ -65,7 +71,7 @@ class LocalNodes:
             command = [sys.executable, "-u", "-m", "submitit.core._submit", str(folder)]
         # Node rank 0 speaks for the job: it has this process's own output.
         out, err = (None, None) if rank == 0 else self._outputs(folder, rank)
-        self._tasks[rank] = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+        self._tasks[rank] = start_blocked(command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
         self._ranks[self._tasks[rank].pid] = rank
         for descriptor in (out, err):
             if descriptor is not None:
@@ -79,8 +85,6 @@ class LocalNodes:
 
     def _wait(self) -> None:
         """Waits for all tasks; a task that was killed is reported to the coordinator, as its guardian no longer can."""
-        supervision = self._plan.supervision
-        patience = supervision.stop_within_s + supervision.checkpoint_grace_s + 10
         running = dict(self._tasks)
         while running:
             for pid, status in tree.reap():
@@ -89,28 +93,44 @@ class LocalNodes:
                     continue
                 code = os.waitstatus_to_exitcode(status)
                 self._tasks[rank].returncode = code
-                self._first_end = self._first_end or time.monotonic()
+                self._last_end = time.monotonic()
                 if code < 0 and running and not report(self._context(rank), self._killed(rank, code)):
-                    self._forward(signal.SIGTERM, None)
-            if self._first_end and time.monotonic() - self._first_end > patience:
-                self._forward(signal.SIGKILL, None)
+                    self.forward(signal.SIGTERM)
+            if self._overdue():
+                self.forward(signal.SIGKILL)
             time.sleep(0.05)
 
-    def _wait_for_orphans(self, marker: str) -> None:
-        """A supervisor whose task was killed ends its node in good order, below this process now."""
+    def _overdue(self) -> bool:
+        """Whether the tasks that still run have had their time: some after the coordinator's end, more after
+        another's.
+        """
+        supervision = self._plan.supervision
+        patience = supervision.stop_within_s + supervision.checkpoint_grace_s + 10
+        if (first := self._tasks[0].returncode) is not None:
+            # After an orderly end only a node that has been given up still runs.
+            patience = supervision.stop_within_s / 2 if first >= 0 else supervision.stop_within_s + 2
+        return self._last_end > 0 and time.monotonic() - self._last_end > patience
+
+    def _wait_for_orphans(self) -> None:
+        """A supervisor whose task was killed ends its node in good order, as a child of this process now."""
         deadline = time.monotonic() + self._plan.supervision.stop_within_s
-        while list(tree.ours(marker)) and time.monotonic() < deadline:
+        while orphans := [child for child in tree.children(os.getpid()) if _is_supervisor(child)]:
+            if time.monotonic() > deadline:
+                return
+            # One that was stopped has been given up; it can still clean up.
+            tree.send(orphans, signal.SIGCONT)
             tree.reap()
             time.sleep(0.05)
 
-    def _forward(self, signum: int, _: FrameType | None) -> None:
+    def forward(self, signum: int) -> None:
+        """Passes a signal on to every task."""
         for task in self._tasks.values():
             if task.returncode is None:
                 task.send_signal(signum)
 
     def _context(self, rank: int) -> NodeContext:
         environment = {**self._environment, "HPC_GYM_NODE_RANK": str(rank)}
-        return NodeContext.from_environment(self._run_dir, Path(), environment)
+        return NodeContext.from_environment(self._run_dir, environment)
 
     def _killed(self, rank: int, code: int) -> Failure:
         context = self._context(rank)
@@ -139,35 +159,40 @@ class LocalNodes:
         return Outcome("failed", failure=failure)
 
 
-@contextmanager
-def _signals(handler: object) -> Iterator[None]:
-    """SIGTERM, SIGINT and SIGUSR2 go to `handler` inside."""
-    assert callable(handler)
-    before = {signum: signal.signal(signum, handler) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
-    try:
-        yield
-    finally:
-        for signum, old in before.items():
-            signal.signal(signum, old)
-
-
 def main() -> int:
     """Runs attempt after attempt until one is not to be requeued. Returns the exit code of the last."""
     run_dir = Path(sys.argv[1]).resolve()
     tree.become_subreaper()
     environment = dict(os.environ)
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    nodes: LocalNodes | None = None
+    early: list[int] = []
     lost = 0
+
+    def forward(signum: int, _: FrameType | None) -> None:
+        nodes.forward(signum) if nodes is not None else early.append(signum)
+
     try:
-        while True:
-            outcome = LocalNodes(Plan.read(run_dir), environment).run()
-            lost = lost + 1 if outcome.failure else 0
-            if outcome.kind != "requeue" or lost > _LOST_NODES_ALLOWED:
-                attempts.end(run_dir)
-                return outcome.exit_code
-            environment |= attempts.begin(run_dir)
+        with forwarded(forward):
+            while True:
+                nodes = LocalNodes(Plan.read(run_dir), environment)
+                outcome = nodes.run(early)
+                nodes = None
+                lost = lost + 1 if outcome.failure else 0
+                if outcome.kind != "requeue" or lost > _LOST_NODES_ALLOWED:
+                    attempts.end(run_dir)
+                    return outcome.exit_code
+                environment |= attempts.begin(run_dir)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+
+
+def _is_supervisor(proc: tree.Proc) -> bool:
+    try:
+        return b"\0hpc_gym.node\0" in Path(f"/proc/{proc.pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 if __name__ == "__main__":

@@ -21,9 +21,12 @@ from hpc_gym.node.log_pump import LogPump
 from hpc_gym.node.placeholders import wanted_endpoints
 from hpc_gym.node.process import End, ManagedProcess
 from hpc_gym.node.shared_memory import SharedMemory
+from hpc_gym.node.signals import STOP_SIGNALS
 from hpc_gym.plan.plan import Process
 from hpc_gym.protocol.attempt import STOPPED_AT_CHECKPOINT, Failure, Outcome
 
+SHARED_MEMORY_RECORD = "shared_memory"
+"""File in the private directory."""
 _LOOK_EVERY_S = 1.0
 
 
@@ -33,7 +36,7 @@ class NodeRunner:
     def __init__(self, context: NodeContext) -> None:
         self._context = context
         self._pump = LogPump()
-        self._shared_memory = SharedMemory(context.private_dir / "shared_memory")
+        self._shared_memory = SharedMemory(context.private_dir / SHARED_MEMORY_RECORD)
         self._endpoints = Endpoints(context)
         self._waiting: dict[int, asyncio.Future[tuple[int, float]]] = {}
         self._stopping = asyncio.Event()
@@ -172,6 +175,7 @@ class NodeRunner:
         return ManagedProcess(
             spec,
             log=context.log(spec.role, spec.name),
+            marker=context.process_marker(spec.name),
             private_dir=context.private_dir,
             pump=self._pump,
             children=self,
@@ -202,9 +206,11 @@ class NodeRunner:
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        for signum in STOP_SIGNALS:
             loop.add_signal_handler(signum, self._on_signal, signum.name)
         loop.add_signal_handler(signal.SIGHUP, self._lose_guardian)
+        # Blocked until now, so that none came too early: see `hpc_gym.node.guardian`.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def _on_signal(self, name: str) -> None:
         self._link.send({"type": "signal", "signal": name})

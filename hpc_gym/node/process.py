@@ -5,7 +5,6 @@ behind.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import subprocess
@@ -63,18 +62,20 @@ class ManagedProcess:
         spec: Process,
         *,
         log: Path,
+        marker: str,
         private_dir: Path,
         pump: LogPump,
         children: Children,
         report: Callable[..., None],
     ) -> None:
-        """`report(event, **fields)` is called for what happens."""
+        """`marker` stands in the environment of all it makes. `report(event, **fields)` is called for what happens."""
         self.spec = spec
         self.log = log
         self.said = Notifications(private_dir / f"{spec.name}.notify", self._on_said)
         self.leader: tree.Proc | None = None
         self.members: dict[int, tree.Proc] = {}
         """Everything this life has been seen to consist of, by pid."""
+        self._marker = marker
         self._private_dir = private_dir
         self._pump = pump
         self._children = children
@@ -193,6 +194,9 @@ class ManagedProcess:
         known = {pid for pid, proc in self.members.items() if pid in table and table[pid].start == proc.start}
         if self.leader is not None:
             known.update(pid for pid, proc in table.items() if proc.session == self.leader.pid)
+        # What lost its parents between two looks has become a child of this process.
+        adopted = {pid: proc for pid, proc in table.items() if proc.parent == os.getpid() and pid not in known}
+        known.update(proc.pid for proc in tree.marked(self._marker, adopted))
         known.update(proc.pid for proc in tree.descendants(known, table))
         self.members = {pid: table[pid] for pid in known}
 
@@ -202,22 +206,26 @@ class ManagedProcess:
             tree.send([self.leader], signum)
 
     async def stop(self, grace_s: float) -> None:
-        """SIGTERM to the process group; after `grace_s`, SIGKILL to everything that is left. Returns when nothing
-        is.
+        """SIGTERM to the process group, and to what has left it once the main process is gone; after `grace_s`,
+        SIGKILL to everything. Returns when nothing is left.
         """
         if self.leader is None:
             return
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.leader.pid, signal.SIGTERM)
-        # A stopped process would sleep through the grace.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.leader.pid, signal.SIGCONT)
+        leader = self.leader.pid
+        self._ask_to_end([proc for proc in self._living() if proc.group == leader])
+        asked: set[int] = set()
         deadline = time.monotonic() + grace_s
-        while time.monotonic() < deadline:
-            if not self._living():
-                return
+        while (living := self._living()) and time.monotonic() < deadline:
+            if leader not in self.members or self.members[leader].zombie:
+                self._ask_to_end([proc for proc in living if proc.pid not in asked])
+                asked.update(proc.pid for proc in living)
             await asyncio.sleep(0.05)
         await self.kill()
+
+    def _ask_to_end(self, procs: list[tree.Proc]) -> None:
+        tree.send(procs, signal.SIGTERM)
+        # A stopped process would sleep through the grace.
+        tree.send(procs, signal.SIGCONT)
 
     async def kill(self) -> None:
         """SIGKILL to everything of this life, until nothing is left or five seconds have passed."""

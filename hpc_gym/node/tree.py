@@ -74,6 +74,11 @@ def descendants(roots: Iterable[int], table: Mapping[int, Proc]) -> list[Proc]:
     return found
 
 
+def children(parent: int) -> list[Proc]:
+    """The living children of a process."""
+    return [proc for proc in processes().values() if proc.parent == parent and not proc.zombie]
+
+
 def marked(marker: str, table: Mapping[int, Proc]) -> list[Proc]:
     """All living processes whose environment says that they belong to `marker` (a job, or `JOB NODE` and so on)."""
     wanted = f"{MARKER}={marker}".encode()
