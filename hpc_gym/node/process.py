@@ -154,6 +154,8 @@ class ManagedProcess:
                 elif (limit := self.spec.ready_within_s) and now - self._started > limit:
                     detail = answer.text or said.status
                     return f"not ready within {limit:g} s" + (f": {detail}" if detail else "")
+                elif said.last_watchdog and (hung := self._hung(answer, said.last_watchdog, last_alive)):
+                    return hung
                 elif answer.text and answer.text != last_text:
                     last_text = answer.text
                     self._report("progress", text=answer.text)
