@@ -25,7 +25,7 @@ class StaleWeights(Exception):
     """A replica generated with older weights than the rollout wants: it was restarted a moment ago."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Conversation:
     """What happened under one tag. It ends when it is dropped or failed: chats under its tag are then refused."""
 
