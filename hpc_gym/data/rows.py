@@ -8,12 +8,17 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from hpc_gym.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+# numpy is imported where it is used: `hpc-gym submit --dry-run` checks rows, and its import takes as long as all that.
 
 
 class Rows:
@@ -60,26 +65,30 @@ def check_rows(path: str | Path) -> RowsSummary:
     Raises UserError naming file and line for what is missing, empty, no JSON object, or lacks
     `responses_create_params` with an `input`.
     """
+    decoder = msgspec.json.Decoder(_Row)
+    agents: Counter[str] = Counter()
+    first_line: dict[str, int] = {}
+    rows = 0
     try:
-        rows = Rows(path)
+        with Path(path).open("rb") as file:
+            for line, text in enumerate(file, 1):
+                if not text.strip():
+                    continue
+                try:
+                    row = decoder.decode(text)
+                except msgspec.DecodeError as error:
+                    raise UserError(_sentence(path, line, text.strip(), error)) from None
+                rows += 1
+                if row.agent_ref is not None:
+                    agents[row.agent_ref.name] += 1
+                    first_line.setdefault(row.agent_ref.name, line)
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    if not len(rows):
+    if not rows:
         raise UserError(f"{path} is empty: it must hold one JSON row per line")
-    decoder = msgspec.json.Decoder(_Row)
-    agents: Counter[str] = Counter()
-    first_line: dict[str, int] = {}
-    for number in range(len(rows)):
-        try:
-            row = decoder.decode(rows[number])
-        except msgspec.DecodeError as error:
-            raise UserError(_sentence(path, rows.line(number), rows[number], error)) from None
-        if row.agent_ref is not None:
-            agents[row.agent_ref.name] += 1
-            first_line.setdefault(row.agent_ref.name, rows.line(number))
-    return RowsSummary(len(rows), dict(agents), first_line)
+    return RowsSummary(rows, dict(agents), first_line)
 
 
 class _Params(msgspec.Struct):
@@ -114,6 +123,8 @@ def _sentence(path: str | Path, line: int, text: bytes, error: msgspec.DecodeErr
 
 def _index(data: mmap.mmap | bytes) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Start, end and line number of every line that is not blank."""
+    import numpy as np
+
     size = len(data)
     if not size:
         empty = np.empty(0, np.int64)
@@ -132,6 +143,8 @@ def _index(data: mmap.mmap | bytes) -> tuple[NDArray[np.int64], NDArray[np.int64
 
 def _newlines(data: mmap.mmap | bytes, chunk: int = 1 << 26) -> NDArray[np.int64]:
     """Offsets of all newline bytes; in chunks, since the comparison makes an array as large as its input."""
+    import numpy as np
+
     found = []
     for offset in range(0, len(data), chunk):
         piece = np.frombuffer(data[offset : offset + chunk], dtype=np.uint8)
