@@ -4,7 +4,8 @@ Ports lie below the ephemeral range, so that no outgoing connection takes one, a
 (10002-19999). A single port is held by a bound socket that does not listen: its user, who binds with SO_REUSEADDR as
 every server of ours does, gets it, while the reservation of another job, which binds without, does not. A block of
 ports must pass NeMo Gym's own bind tests, which do without SO_REUSEADDR, so there only the port before the block is
-held: blocks lie on a common grid, and that one stands for the whole.
+held: blocks lie on a common grid, and that one stands for the whole. Single ports are taken from a quarter of the range
+where no blocks are.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ class Ports:
 
     def single(self) -> int:
         """One free TCP port, held. Raises OSError when there is none."""
-        low, high = self._range
+        low, high = _singles(*self._range)
         for _ in range(200):
-            # The first port of a grid cell is some block's guard.
             port = random.randrange(low, high)
-            if port % _GRID and (held := _hold(port)):
+            if held := _hold(port):
                 self._held.append(held)
                 return port
         raise OSError(f"no free TCP port found between {low} and {high} on this node")
 
     def block(self, count: int) -> int:
         """The first of `count` free TCP ports in a row, guarded. Raises OSError when there is none."""
-        low, high = self._range
+        low, high = self._range[0], _singles(*self._range)[0]
         cells = -(-(count + 1) // _GRID)
-        for _ in range(200):
-            guard = random.randrange(low // _GRID, high // _GRID - cells) * _GRID
+        starts = range(low // _GRID, high // _GRID - cells + 1)
+        for start in random.sample(starts, len(starts)):
+            guard = start * _GRID
             guards = [_hold(guard + _GRID * cell) for cell in range(cells)]
             if all(guards) and all(is_free(port) for port in range(guard + 1, guard + count + 1) if port % _GRID):
                 self._held.extend(each for each in guards if each)
@@ -60,10 +61,10 @@ def listening(address: str) -> socket.socket:
     """A TCP socket that listens on `address`, on a port outside the ephemeral range, inheritable once it is passed
     on.
     """
-    low, high = _range()
+    low, high = _singles(*_range())
     for _ in range(200):
         port = random.randrange(low, high)
-        if port % _GRID == 0 or not is_free(port):
+        if not is_free(port):
             continue
         try:
             return socket.create_server((address, port), backlog=1024)
@@ -89,6 +90,11 @@ def _hold(port: int) -> socket.socket | None:
     # Only from now on: the bind itself must collide with others' reservations.
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return held
+
+
+def _singles(low: int, high: int) -> tuple[int, int]:
+    """The part of the range that no blocks are in."""
+    return (low + (high - low) // 4 * 3) // _GRID * _GRID, high
 
 
 def _range() -> tuple[int, int]:

@@ -4,9 +4,9 @@ A process of the plan has one file, `attempts/K/logs/ROLE-NODE-PROCESS.log`, wit
 
     2026-11-20T12:50:11.123456Z TEXT
 
-that is, the moment (UTC, microseconds) at which the node's supervisor read it, always `STAMP_LENGTH` bytes, a space, and
-what the process wrote, byte for byte. Lines that were read at once carry the same stamp. A carriage return (a progress bar) ends
-a line too. A process that is restarted in place goes on in the same file.
+that is, the moment (UTC, microseconds) at which the node's supervisor read it, always `STAMP_LENGTH` bytes, a space,
+and what the process wrote, byte for byte. Lines that were read at once carry the same stamp. A carriage return (a
+progress bar) ends a line too. A process that is restarted in place goes on in the same file.
 """
 
 from __future__ import annotations

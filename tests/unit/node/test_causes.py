@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hpc_gym.node.causes import cause_from_log, is_collateral
+
+STAMP = "2026-11-20T13:14:05.534817Z "
+
+
+def log(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "x.log"
+    path.write_text("".join(f"{STAMP}{line}\n" for line in text.splitlines()))
+    return path
+
+
+def test_the_exception_of_the_last_traceback_is_the_cause(tmp_path: Path) -> None:
+    text = """
+Traceback (most recent call last):
+  File "a.py", line 1, in <module>
+KeyError: 'first'
+
+During handling of the above exception, another exception occurred:
+
+Traceback (most recent call last):
+  File "a.py", line 3, in <module>
+    raise RuntimeError(
+torch.OutOfMemoryError: CUDA out of memory
+some later line"""
+    assert cause_from_log(log(tmp_path, text)) == "torch.OutOfMemoryError: CUDA out of memory"
+
+
+def test_a_prefix_before_every_line_of_the_traceback_is_no_obstacle(tmp_path: Path) -> None:
+    text = """(EngineCore pid=7) Traceback (most recent call last):
+(EngineCore pid=7)   File "core.py", line 9, in run
+(EngineCore pid=7) ValueError: No available memory for the cache blocks"""
+    assert cause_from_log(log(tmp_path, text)) == "ValueError: No available memory for the cache blocks"
+
+
+def test_without_a_traceback_the_last_words_count(tmp_path: Path) -> None:
+    assert cause_from_log(log(tmp_path, "starting\nerror: no such file: model\n\n")) == "error: no such file: model"
+    assert cause_from_log(tmp_path / "missing.log") == ""
+
+
+def test_only_the_end_of_a_long_log_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "long.log"
+    path.write_bytes((STAMP.encode() + b"x" * 90 + b"\n") * 200_000 + STAMP.encode() + b"OSError: disk full\n")
+    assert cause_from_log(path) == "OSError: disk full"
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        "RuntimeError: [../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:38417",
+        "torch.distributed.DistBackendError: NCCL error in: ..., remote process exited or there was a network error",
+        "ConnectionResetError: [Errno 104] Connection reset by peer",
+        "aiohttp.client_exceptions.ServerDisconnectedError: Server disconnected",
+    ],
+)
+def test_the_loss_of_a_peer_is_known_as_such(cause: str) -> None:
+    assert is_collateral(cause)
+
+
+@pytest.mark.parametrize("cause", ["", "KeyError: 'reward'", "torch.OutOfMemoryError: CUDA out of memory"])
+def test_a_cause_of_its_own_is_none(cause: str) -> None:
+    assert not is_collateral(cause)

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from hpc_gym.node.verdict import Verdict
+from hpc_gym.protocol.attempt import Failure, Outcome
+
+TASKS = frozenset({(1, "rank-0"), (2, "rank-1")})
+
+
+def failure(process: str, cause: str = "boom", signal: str | None = None) -> Failure:
+    return Failure("train", "train-0", process, cause, "/log", 1, 0.0, None if signal else 1, signal)
+
+
+def kind(verdict: Verdict) -> str:
+    outcome = verdict.outcome()
+    return outcome.kind if outcome else "running"
+
+
+def test_the_job_is_done_when_every_task_ended_well() -> None:
+    verdict = Verdict(TASKS)
+    verdict.ended[1, "rank-0"] = 0
+    assert kind(verdict) == "running"
+    verdict.ended[2, "rank-1"] = 0
+    assert kind(verdict) == "completed"
+
+
+def test_tasks_that_stopped_at_a_checkpoint_ask_for_a_requeue() -> None:
+    verdict = Verdict(TASKS, checkpoint="time limit")
+    assert kind(verdict) == "running"
+    verdict.ended.update({(1, "rank-0"): 85, (2, "rank-1"): 85})
+    assert verdict.outcome() == Outcome("requeue", "time limit")
+
+
+def test_a_checkpoint_that_fails_or_is_late_still_leads_to_a_requeue() -> None:
+    assert kind(Verdict(TASKS, checkpoint="time limit", overdue=True)) == "requeue"
+    assert kind(Verdict(TASKS, checkpoint="time limit", failures=[failure("rank-0")])) == "requeue"
+
+
+def test_a_signal_to_the_job_explains_what_dies_with_it() -> None:
+    verdict = Verdict(TASKS, failures=[failure("rank-0", signal="SIGTERM")], cancelled="the job received SIGTERM")
+    assert kind(verdict) == "cancelled"
+
+
+def test_the_first_failure_that_is_not_the_loss_of_a_peer_is_the_cause() -> None:
+    verdict = Verdict(TASKS)
+    verdict.failures.append(failure("rank-1", "RuntimeError: Connection closed by peer [127.0.0.1]:4"))
+    assert verdict.only_collateral()
+    verdict.failures += [failure("rank-0", "ValueError: x"), failure("vllm-0", "OSError: y")]
+    outcome = verdict.outcome()
+    assert outcome is not None
+    assert outcome.failure is not None
+    assert outcome.failure.process == "rank-0"
+
+
+def test_a_lost_node_explains_failures_of_its_peers_and_is_excluded() -> None:
+    verdict = Verdict(TASKS, failures=[failure("rank-1", "Connection reset by peer")])
+    verdict.lost.append((failure("supervisor", "no heartbeat"), "node3"))
+    outcome = verdict.outcome()
+    assert outcome is not None
+    assert (outcome.kind, outcome.exclude) == ("requeue", ("node3",))
+    assert outcome.sentence().endswith("(log: /log); without node3")
+
+
+def test_an_outcome_reads_back_as_it_was_written() -> None:
+    outcome = Outcome("requeue", "a node was lost", ("node3",), failure("supervisor", signal="SIGKILL"))
+    assert Outcome.from_json(outcome.to_json()) == outcome
