@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +20,8 @@ class Request:
     plan: Plan
     experiment: str
     """What the user named: a file or the name of a shipped experiment."""
-    resolved: str
-    """The resolved experiment as YAML."""
+    resolved: Callable[[], str]
+    """Makes the resolved experiment as YAML, which a dry run does not want."""
     cluster: str
     argv: tuple[str, ...] = ()
 
@@ -36,7 +36,7 @@ def prepare(
     return Request(
         plan=resolved.plan,
         experiment=str(experiment),
-        resolved=resolved.experiment_yaml(),
+        resolved=resolved.experiment_yaml,
         cluster=cluster or resolved.plan.launch.kind,
         argv=tuple(sys.argv),
     )

@@ -93,7 +93,7 @@ def _make_run_directory(request: Request, dump: Callable[[Path], None], job_id: 
 def _fill(folder: Path, request: Request) -> None:
     """Writes everything a job needs below `folder`."""
     plan = request.plan
-    (folder / "experiment.yaml").write_text(request.resolved)
+    (folder / "experiment.yaml").write_text(request.resolved())
     (folder / "plan.json").write_text(plan.to_json())
     script = folder / "job.sh"
     script.write_text(render(plan))

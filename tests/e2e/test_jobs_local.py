@@ -53,7 +53,7 @@ def submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[
 
 
 def submit(jobs: list[HpcgymJob], wanted: Plan) -> HpcgymJob:
-    jobs.append(submit_prepared(Request(wanted, "by-hand", "name: by-hand\n", "local")))
+    jobs.append(submit_prepared(Request(wanted, "by-hand", lambda: "name: by-hand\n", "local")))
     return jobs[-1]
 
 

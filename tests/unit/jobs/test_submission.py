@@ -52,7 +52,7 @@ def test_unknown_experiment_is_refused_and_nothing_is_made(tmp_path: Path, monke
 
 
 def request(run_dir: Path, **fields: object) -> Request:
-    return Request(plan(run_dir, train=[[task("rank-0", "pass")]], **fields), "x", "name: x\n", "local")  # type: ignore[arg-type]
+    return Request(plan(run_dir, train=[[task("rank-0", "pass")]], **fields), "x", lambda: "name: x\n", "local")  # type: ignore[arg-type]
 
 
 def test_slurm_that_is_not_there_or_refuses_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
