@@ -125,7 +125,8 @@ class PolicyEndpoint:
                 raise _failed(conversation, 400, f"policy_request_refused: {error}") from error
             raise _failed(conversation, 424, f"vllm_error: {error}") from error
         except VllmUnreachable as error:
-            raise _failed(conversation, 424, f"replica_lost: {error}") from error
+            code = "replica_lost" if _left(conversation) > 0 else "deadline"
+            raise _failed(conversation, 424, f"{code}: {error}") from error
         except StaleWeights as error:
             raise _failed(conversation, 424, f"weights_stale: {error}") from error
         except SpliceError as error:

@@ -112,6 +112,7 @@ class Rollouts:
         loop = asyncio.get_running_loop()
         start = loop.time()
         deadline = start + environment.timeout_s
+        first = ""
         for attempt in itertools.count(1):
             try:
                 conversation = await self._open(group, weight_version, deadline)
@@ -122,10 +123,12 @@ class Rollouts:
                     self._policy.close(conversation)
             except Failed as failed:
                 log.warning("%s: attempt %d/%d failed: %s", environment.name, attempt, environment.max_attempts, failed)
+                first = first or failed.reason
                 over = loop.time() + RETRY_S >= deadline or attempt >= environment.max_attempts
                 if over or not worth_retrying(failed.reason):
+                    reason = first if failed.reason == first else f"{first} (attempt {attempt}: {failed.reason})"
                     seconds = loop.time() - start
-                    return Trajectory(index, Outcome.FAILED, failed.reason, attempts=attempt, seconds=seconds)
+                    return Trajectory(index, Outcome.FAILED, reason, attempts=attempt, seconds=seconds)
                 await asyncio.sleep(RETRY_S)
             else:
                 return conversation.trajectory(

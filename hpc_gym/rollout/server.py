@@ -15,6 +15,7 @@ import os
 import secrets
 import signal
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -26,7 +27,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hpc_gym.plan.plan import Plan
+from hpc_gym.plan.plan import Environment, Plan
 from hpc_gym.protocol import messages
 from hpc_gym.protocol.notify import notify
 from hpc_gym.protocol.secrets import read_secrets
@@ -75,12 +76,20 @@ def parse(argv: list[str] | None = None) -> Arguments:
 class RolloutServer:
     """Everything a rollout server does, and its HTTP interface (`hpc_gym.protocol.messages`)."""
 
-    def __init__(self, plan: Plan, private_dir: str, gym_port: int) -> None:
+    def __init__(
+        self,
+        environments: Sequence[Environment],
+        policy: PolicyEndpoint,
+        private_dir: str,
+        replicas: int,
+        max_concurrent: int,
+        gym_port: int,
+    ) -> None:
         self.nonce = secrets.token_hex(8)
-        self.replicas = Replicas(private_dir, plan.rollout.replicas)
+        self.replicas = Replicas(private_dir, replicas)
         self.gym = NemoGym(gym_port, lambda lost: self.rollouts.lost(lost))
-        self.policy = PolicyEndpoint(plan.rollout.model_name, plan.rollout.max_model_len)
-        self.rollouts = Rollouts(plan.environments, self.replicas, self.gym, self.policy, plan.rollout.max_concurrent)
+        self.policy = policy
+        self.rollouts = Rollouts(environments, self.replicas, self.gym, policy, max_concurrent)
         self.batches = Batches(self.rollouts)
         self.weights = Weights(self.replicas)
 
@@ -129,7 +138,6 @@ class RolloutServer:
             for watch in watches:
                 watch.cancel()
             await asyncio.gather(*watches, return_exceptions=True)
-            self.batches.abort(None)
             await self.gym.close()
             await self.replicas.close()
 
@@ -203,7 +211,8 @@ class _Listener(uvicorn.Server):
         yield
 
 
-def _listener(app: ASGIApp) -> _Listener:
+def listener(app: ASGIApp) -> uvicorn.Server:
+    """A server for the application, which the caller stops by `should_exit`."""
     config = uvicorn.Config(
         app,
         loop="none",
@@ -223,7 +232,7 @@ async def serve(server: RolloutServer, token: str, public: socket.socket, loopba
     """Serves on both sockets until SIGTERM or SIGINT. Raises what ended the watch over vLLM and NeMo Gym, if
     anything did.
     """
-    listeners = [_listener(server.public(token)), _listener(server.loopback())]
+    listeners = [listener(server.public(token)), listener(server.loopback())]
 
     def stop() -> None:
         for listener in listeners:
@@ -253,7 +262,21 @@ def main(argv: list[str] | None = None) -> None:
     loopback = socket.create_server(("127.0.0.1", arguments.policy_port), backlog=4096, reuse_port=False)
     host, port = public.getsockname()[:2]
     log.info("rollout server of %s, pid %d, on %s:%d", arguments.node, os.getpid(), host, port)
-    uvloop.run(serve(RolloutServer(plan, arguments.private_dir, arguments.gym_port), token, public, loopback))
+    settings = plan.rollout
+    policy = PolicyEndpoint(settings.model_name, settings.max_model_len)
+
+    async def run() -> None:
+        server = RolloutServer(
+            plan.environments,
+            policy,
+            arguments.private_dir,
+            settings.replicas,
+            settings.max_concurrent,
+            arguments.gym_port,
+        )
+        await serve(server, token, public, loopback)
+
+    uvloop.run(run())
 
 
 def _json(value: object) -> Response:
