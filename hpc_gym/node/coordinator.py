@@ -13,10 +13,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpc_gym.node import scontrol
 from hpc_gym.node.channel import LONGEST, Channel, Message, accept
 from hpc_gym.node.journal import Journal
 from hpc_gym.node.verdict import Task, Verdict
@@ -64,15 +66,18 @@ class Coordinator:
         self._started = time.monotonic()
         self._first_cause = 0.0
         self._serving: set[asyncio.Task[None]] = set()
+        self._asking: asyncio.Task[None] | None = None
 
     async def run(self, host: str, port: int) -> Outcome:
         """Serves on `host:port`. Raises OSError when the port is taken."""
         server = await asyncio.start_server(self._serve, host, port, limit=LONGEST)
         watch = asyncio.create_task(self._watch(), name="heartbeats")
         try:
-            await self._until(lambda: self._verdict.outcome() is not None)
-            self._first_cause = time.monotonic()
-            outcome = await self._settle()
+            outcome = None
+            while outcome is None:
+                await self._until(lambda: self._verdict.outcome() is not None)
+                self._first_cause = time.monotonic()
+                outcome = await self._settle()
             await self._let_checkpoint_finish(outcome)
             await self._stop(outcome)
             self._conclude(outcome)
@@ -95,9 +100,9 @@ class Coordinator:
                     await self._changed.wait()
         return bool(condition())
 
-    async def _settle(self) -> Outcome:
+    async def _settle(self) -> Outcome | None:
         """Waits a moment for the true first cause; longer while all that failed lost a peer, and a node has just
-        fallen silent.
+        fallen silent. None when it turned out meanwhile that tasks are to stop at a checkpoint.
         """
         verdict, beat = self._verdict, self._plan.supervision.heartbeat_s
         if not verdict.finished():
@@ -111,9 +116,7 @@ class Coordinator:
 
         while verdict.only_collateral() and not verdict.lost and not verdict.cancelled and may_still_come():
             await self._until(lambda: not verdict.only_collateral() or bool(verdict.lost), 0.25)
-        outcome = verdict.outcome()
-        assert outcome is not None, "an attempt that ends for a reason keeps it"
-        return outcome
+        return verdict.outcome()
 
     async def _let_checkpoint_finish(self, outcome: Outcome) -> None:
         limit = self._plan.supervision.checkpoint_grace_s
@@ -214,9 +217,21 @@ class Coordinator:
 
     def _signalled(self, signal: str) -> None:
         if signal == "SIGUSR2":
-            self._checkpoint(f"the job received {signal} (time limit or preemption)")
+            self._checkpoint(f"the job received {signal}: its time limit is near")
+        elif signal == "SIGTERM" and self._plan.launch.kind == "slurm":
+            if self._asking is None:
+                self._asking = asyncio.create_task(self._terminated_by_slurm(), name="why SIGTERM")
         elif not self._verdict.cancelled:
             self._verdict.cancelled = f"the job received {signal}"
+
+    async def _terminated_by_slurm(self) -> None:
+        """SIGTERM is also all that a job hears when Slurm takes its nodes for another: then there is a grace time."""
+        standing = await asyncio.to_thread(scontrol.standing, os.environ.get("HPC_GYM_JOB_ID", ""))
+        if standing.preempted and standing.state == "RUNNING":
+            self._checkpoint("the job was preempted")
+        elif not self._verdict.cancelled:
+            self._verdict.cancelled = "the job received SIGTERM"
+        self._changed.set()
 
     def _checkpoint(self, reason: str) -> None:
         if self._verdict.checkpoint:

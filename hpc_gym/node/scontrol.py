@@ -8,6 +8,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+_STARTED_TOGETHER_S = 5.0
+
 
 @dataclass(frozen=True)
 class Standing:
@@ -25,6 +27,19 @@ def standing(job_id: str) -> Standing:
     fields = dict(field.partition("=")[::2] for field in text.split() if "=" in field)
     preempted = fields.get("PreemptTime", "None") not in ("None", "Unknown", "N/A")
     return Standing(fields.get("JobState", ""), preempted)
+
+
+def has_outlived_its_leader(job_id: str) -> bool:
+    """Whether another component of a heterogeneous job still runs since before its leader started.
+
+    When the leader's node fails, Slurm (22.05) requeues the leader alone: its next life would find the others with
+    their old steps, and perhaps be on one of their nodes. Components that start together have one start time.
+    """
+    text = _run(["scontrol", "--oneliner", "show", "job", job_id]).stdout
+    starts = [
+        time.mktime(time.strptime(found, "%Y-%m-%dT%H:%M:%S")) for found in re.findall(r"\bStartTime=(\d\S+)", text)
+    ]
+    return len(starts) > 1 and starts[0] - min(starts) > _STARTED_TOGETHER_S
 
 
 def requeue(job_id: str, exclude: Sequence[str]) -> str:

@@ -55,6 +55,8 @@ class SlurmNodes:
 
     def run(self) -> Outcome:
         """Runs srun and returns the outcome of the attempt."""
+        if scontrol.has_outlived_its_leader(self._job_id):
+            return self._wrote(Outcome("requeue", "Slurm requeued the first component without the others"))
         srun = subprocess.Popen(
             self._command,
             stdin=subprocess.DEVNULL,
@@ -76,8 +78,7 @@ class SlurmNodes:
     def end(self, outcome: Outcome) -> int:
         """Does to the Slurm job what the outcome asks for; the exit code where there is still a job to exit from."""
         if outcome.kind == "requeue" and outcome.failure and self._lost_in_a_row() > _LOST_NODES_ALLOWED:
-            outcome = Outcome("failed", failure=outcome.failure, exclude=outcome.exclude)
-            outcome.write(self._plan.run_dir, self._context.attempt_dir)
+            outcome = self._wrote(Outcome("failed", failure=outcome.failure, exclude=outcome.exclude))
         print(outcome.sentence(), flush=True)
         if outcome.kind == "requeue":
             if refusal := scontrol.requeue(self._job_id, self._excluded()):
@@ -124,11 +125,12 @@ class SlurmNodes:
         elif outcome is not None:
             return outcome
         else:
-            corrected = Outcome(
-                "failed", failure=self._failure("srun ended without an outcome of the attempt", srun_code)
-            )
-        corrected.write(self._plan.run_dir, self._context.attempt_dir)
-        return corrected
+            corrected = Outcome("failed", failure=self._without_outcome(srun_code))
+        return self._wrote(corrected)
+
+    def _wrote(self, outcome: Outcome) -> Outcome:
+        outcome.write(self._plan.run_dir, self._context.attempt_dir)
+        return outcome
 
     def _failure(self, cause: str, log: Path | None = None, rank: int = 0, code: int | None = None) -> Failure:
         log = log or self._submitit("batch.out")
@@ -136,9 +138,7 @@ class SlurmNodes:
         return Failure(node.role, node.name, "supervisor", cause, str(log), self._context.attempt, time.time(), code)
 
     def _without_outcome(self, code: int) -> Failure:
-        """What is said when no coordinator lived to say it: the first task whose own log tells of an error, else
-        srun.
-        """
+        """What is said when no coordinator lived to say it: the first task's error, else srun's."""
         for node in self._plan.nodes:
             log = self._submitit(f"{node.rank}_log.err")
             if cause := cause_from_log(log):

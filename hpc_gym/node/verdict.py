@@ -38,8 +38,8 @@ class Verdict:
         """How the attempt ends, None while it goes on.
 
         A signal to the job explains whatever dies with it. A lost node explains failures that only say that a peer is
-        gone. Once tasks were told to stop at a checkpoint, the job is to be requeued whatever else dies: there may be
-        no time left.
+        gone. Once tasks were told to stop at a checkpoint, the job is to be requeued whatever dies: there may be no time
+        left.
         """
         stopped = STOPPED_AT_CHECKPOINT in self.ended.values()
         if self.finished():
@@ -51,7 +51,7 @@ class Verdict:
         if self.cancelled:
             return Outcome("cancelled", self.cancelled)
         if self.checkpoint:
-            over = self.overdue or self.failures or self.lost
+            over = self.overdue or self.lost or self._cannot_save()
             return Outcome("requeue", self.checkpoint, self._bad_hosts()) if over else None
         first = next((failure for failure in self.failures if not is_collateral(failure.cause)), None)
         if first is not None:
@@ -61,6 +61,11 @@ class Verdict:
         if self.failures:
             return Outcome("failed", failure=self.failures[0])
         return None
+
+    def _cannot_save(self) -> bool:
+        """Whether a task has failed, or a supervisor with its tasks; services are not needed any more."""
+        saving = {name for _, name in self.tasks} | {"supervisor"}
+        return any(failure.process in saving for failure in self.failures)
 
     def only_collateral(self) -> bool:
         """Whether all that failed so far failed because something else is gone."""

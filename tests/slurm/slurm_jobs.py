@@ -156,5 +156,5 @@ def _submitted(plan: Plan) -> HpcgymJob:
 
     from hpc_gym.node.supervisor import supervise
 
-    request = Request(plan=plan, experiment="small", resolved="{}\n", cluster="test")
+    request = Request(plan=plan, experiment="small", resolved=lambda: "{}\n", cluster="test")
     return HpcgymJob.of(submit_request(request, DelayedSubmission(supervise, plan.run_dir).dump))

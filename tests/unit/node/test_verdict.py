@@ -63,3 +63,8 @@ def test_a_lost_node_explains_failures_of_its_peers_and_is_excluded() -> None:
 def test_an_outcome_reads_back_as_it_was_written() -> None:
     outcome = Outcome("requeue", "a node was lost", ("node3",), failure("supervisor", signal="SIGKILL"))
     assert Outcome.from_json(outcome.to_json()) == outcome
+
+
+def test_a_service_that_dies_does_not_keep_tasks_from_their_checkpoint() -> None:
+    assert kind(Verdict(TASKS, checkpoint="preempted", failures=[failure("vllm-0")])) == "running"
+    assert kind(Verdict(TASKS, checkpoint="preempted", failures=[failure("supervisor")])) == "requeue"

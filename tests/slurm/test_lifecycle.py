@@ -1,0 +1,137 @@
+"""A cluster's day: nodes crash, daemons die, time runs out, others come first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from cluster import Cluster
+from slurm_jobs import FOREVER, SlurmJob, service, task
+
+Submit = Callable[..., SlurmJob]
+
+HETEROGENEOUS = ({"nodes": 1, "partition": "gpu"}, {"nodes": 2, "partition": "gpu", "gpus_per_node": 2})
+
+# Runs until it is told to save and stop; its next life ends well.
+TRAINER = """
+import os, signal, sys, time
+print('attempt', os.environ['HPC_GYM_ATTEMPT'], flush=True)
+if os.environ['HPC_GYM_ATTEMPT'] != '1': time.sleep(1); sys.exit(0)
+signal.signal(signal.SIGUSR2, lambda *_: sys.exit(85))
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+while True: time.sleep(0.1)
+"""
+
+
+@pytest.fixture(autouse=True)
+def whole_again(slurm_cluster: Cluster) -> Iterator[None]:
+    """Crashed nodes and daemons come back."""
+    yield
+    slurm_cluster.cancel_all()
+    slurm_cluster.up()
+
+
+def small_job(submit: Submit, **how: object) -> SlurmJob:
+    run = submit([service("server", FOREVER)], [task("rank-0", TRAINER)], [task("rank-1", TRAINER)], **how)
+    run.all_started()
+    return run
+
+
+def resumed(run: SlurmJob, within_s: float = 90) -> set[str]:
+    """Waits for a second life and the job's good end; the hosts of that life."""
+    run.until(lambda: not run.attempt(1).samefile(run.attempt()) and run.events("joined"), within_s)
+    run.freed()
+    assert run.job.state == "COMPLETED", run.story()
+    assert run.output().splitlines()[-1] == "COMPLETED"
+    return {event["host"] for event in run.events("joined")}
+
+
+def outcome_time(run: SlurmJob, attempt: int = 1) -> float:
+    return float(run.events("outcome", attempt=attempt)[0]["time"])
+
+
+@pytest.mark.parametrize("components", [(), HETEROGENEOUS], ids=["plain", "heterogeneous"])
+def test_near_the_time_limit_tasks_stop_at_a_checkpoint_and_the_job_is_requeued(
+    submit: Submit, components: tuple[dict[str, object], ...]
+) -> None:
+    run = small_job(submit, components=components, options={"time": 1})
+    resumed(run, within_s=150)
+    assert {event["exit_code"] for event in run.events("exited", attempt=1)} == {85}
+    assert run.events("outcome", attempt=1)[0]["kind"] == "requeue"
+
+
+@pytest.mark.parametrize("components", [(), HETEROGENEOUS], ids=["plain", "heterogeneous"])
+@pytest.mark.parametrize("node", ["train-1", "rollout-0"])
+def test_after_a_node_crashed_the_job_goes_on_without_it(
+    submit: Submit, components: tuple[dict[str, object], ...], node: str
+) -> None:
+    run = small_job(submit, components=components)
+    host = run.host(node)
+    run.cluster.crash(host)
+    assert host not in resumed(run)
+
+
+def test_a_silent_node_is_noticed_within_15_s_long_before_slurm_would(submit: Submit) -> None:
+    run = small_job(submit)
+    host = run.host("train-1")
+    crashed = time.time()
+    run.cluster.crash(host)
+    run.until(lambda: run.events("silent", attempt=1))
+    assert run.events("silent", attempt=1)[0]["time"] - crashed < 15
+
+
+def test_slurmd_killed_alone_does_not_disturb_the_job(submit: Submit) -> None:
+    run = small_job(submit)
+    run.cluster.kill_daemon(run.host("train-1"), "slurmd")
+    time.sleep(4)
+    run.cluster.up()
+    time.sleep(8)
+    assert run.job.get_info()["State"] == "RUNNING"
+    assert not run.events("outcome")
+    assert not run.attempt(2).exists()
+
+
+def test_a_restart_of_the_controller_does_not_disturb_the_job(submit: Submit) -> None:
+    run = small_job(submit)
+    time.sleep(6)  # the controller saves its state every few seconds
+    run.cluster.kill_daemon("head", "slurmctld")
+    time.sleep(3)
+    run.cluster.up()
+    time.sleep(8)
+    assert run.job.get_info()["State"] == "RUNNING"
+    assert not run.attempt(2).exists()
+
+
+def test_a_preempted_job_saves_and_resumes(submit: Submit) -> None:
+    run = small_job(submit, options={"partition": "preempt"})
+    run.cluster.slurm("sbatch", "-pgpu", "-N5", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 5")
+    resumed(run)
+    assert run.events("outcome", attempt=1)[0]["kind"] == "requeue"
+    assert {event["exit_code"] for event in run.events("exited", "rank-0", attempt=1)} == {85}
+
+
+@pytest.mark.parametrize("node", ["rollout-0", "train-1"])
+def test_a_killed_supervisor_fails_the_job_and_leaves_nothing(submit: Submit, node: str) -> None:
+    run = small_job(submit)
+    joined = next(event for event in run.events("joined") if event["node"] == node)
+    killed = time.time()
+    assert run.cluster.on(joined["host"], "kill", "-9", str(joined["pid"])).returncode == 0
+    assert run.freed() - killed < 10
+    assert run.job.state == "FAILED"
+    role = node.partition("-")[0]
+    assert (
+        f"FAILED: role {role}, node {node}, process supervisor was killed by SIGKILL" in run.output().splitlines()[-1]
+    )
+    assert run.left() == {}
+
+
+def test_nodes_lost_three_times_in_a_row_fail_the_job(submit: Submit) -> None:
+    stays = "import time; time.sleep(600)"
+    run = submit([service("server", FOREVER)], [task("rank-0", stays)])
+    for attempt in (1, 2, 3):
+        run.all_started(attempt, within_s=90)
+        run.cluster.crash(run.host("train-0", attempt))
+    run.freed(60)
+    assert run.job.state == "FAILED"
+    assert "role train, node train-0" in run.output().splitlines()[-1]
