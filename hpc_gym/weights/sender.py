@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -165,14 +166,19 @@ class WeightSender:
                 if future.done():
                     future.result()
 
-        under_way: tuple[dist.Work, torch.Tensor] | None = None
+        def await_bucket() -> None:
+            try:
+                group.wait(check)
+            except RuntimeError:
+                # A worker that fails closes its connections first; a moment later its server says why.
+                _raise_first(receiving, within_s=5.0)
+                raise
+
         for bucket in buckets(specs, self._bucket_bytes):
             packed = pack(bucket, _checked(bucket, tensors), group.device)
-            if under_way is not None:
-                group.wait(under_way[0], check)
-            under_way = group.begin_broadcast(packed), packed
-        if under_way is not None:
-            group.wait(under_way[0], check)
+            await_bucket()
+            group.begin_broadcast(packed)
+        await_bucket()
         self._wait_all(receiving, f"weights {version} were sent, but not loaded")
 
     def _send_folder(
@@ -209,6 +215,13 @@ class WeightSender:
             if waiting and time.monotonic() > end:
                 raise WeightTransferError(f"{what} within {self._timeout_s:g} s")
             time.sleep(0.001)
+
+
+def _raise_first(futures: Sequence[Future[Any]], within_s: float) -> None:
+    """Raises the error of the first future that fails in that time, if any does."""
+    with contextlib.suppress(TimeoutError):
+        for future in as_completed(futures, timeout=within_s):
+            future.result()
 
 
 def _checked(bucket: Sequence[TensorSpec], tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[torch.Tensor]:

@@ -22,6 +22,7 @@ Transport = Literal["gloo", "nccl", "filesystem"]
 ALIGNMENT = 16
 """Every tensor begins at a multiple of so many bytes of its bucket, so that the receiver needs no copy to view it."""
 POLL_S = 0.0005
+CLOSE_WITHIN_S = 5.0
 
 
 class TransferTimeout(TimeoutError):
@@ -144,9 +145,10 @@ class TransferGroup:
     ) -> None:
         self.timeout_s = timeout_s
         self._device = torch.device("cpu")
+        self._under_way: tuple[dist.Work, torch.Tensor] | None = None
         prefix = dist.PrefixStore("weights", store)
         # Kept: the store must outlive the group.
-        self._store = store
+        self._store: dist.TCPStore | None = store
         if transport == "gloo":
             gloo = dist.ProcessGroupGloo._Options()
             gloo._timeout = timedelta(seconds=timeout_s)
@@ -158,7 +160,8 @@ class TransferGroup:
             self._device = torch.device("cuda", torch.cuda.current_device())
             self._group = dist.ProcessGroupNCCL(prefix, rank, world_size, nccl)
             # NCCL only connects at the first collective: fail here, where a failure is understood.
-            self.wait(self.begin_broadcast(torch.zeros(1, dtype=torch.uint8, device=self._device)))
+            self.begin_broadcast(torch.zeros(1, dtype=torch.uint8, device=self._device))
+            self.wait()
         else:
             raise ValueError(f"weights do not travel in a process group by {transport!r}")
 
@@ -167,20 +170,22 @@ class TransferGroup:
         """Where the buckets must be."""
         return self._device
 
-    def begin_broadcast(self, tensor: torch.Tensor) -> dist.Work:
-        """Starts to send (rank 0) or receive the tensor. It must live and stay as it is until `wait` returned."""
+    def begin_broadcast(self, tensor: torch.Tensor) -> None:
+        """Starts to send (rank 0) or receive the tensor, which must stay as it is until `wait` has returned."""
         options = dist.BroadcastOptions()
         options.rootRank = 0
         options.rootTensor = 0
-        work: dist.Work = self._group.broadcast([tensor], options)
-        return work
+        self._under_way = self._group.broadcast([tensor], options), tensor
 
-    def wait(self, work: dist.Work, check: Callable[[], None] | None = None) -> None:
-        """Returns when the broadcast is done.
+    def wait(self, check: Callable[[], None] | None = None) -> None:
+        """Returns when the broadcast that is under way is done.
 
         `check` is called all the while and may raise, for instance because a peer reported that it failed: a broadcast
         to it would never end. Raises TransferTimeout after the group's timeout.
         """
+        if self._under_way is None:
+            return
+        work, _ = self._under_way
         end = time.monotonic() + self.timeout_s
         while not work.is_completed():
             if check is not None:
@@ -188,11 +193,28 @@ class TransferGroup:
             if time.monotonic() > end:
                 raise TransferTimeout(f"a bucket of weights was not through within {self.timeout_s:g} s")
             time.sleep(POLL_S)
+        self._under_way = None
         work.wait()
 
     def close(self) -> None:
-        """Leaves the group; what is still under way is given up."""
-        self._group.abort()
+        """Leaves the group and closes its connections, which wakes up a peer that waits for more.
+
+        gloo only closes them when its objects are destroyed, and destroying them waits for what is under way, with
+        Python's global lock held: so that is given a moment to end, and a group where it does not is kept for ever.
+        """
+        if self._under_way is not None:
+            work, _ = self._under_way
+            end = time.monotonic() + CLOSE_WITHIN_S
+            while not work.is_completed() and time.monotonic() < end:
+                time.sleep(POLL_S)
+            if not work.is_completed():
+                _given_up.append((self._group, self._under_way, self._store))
+                self._group.abort()
+        # No other reference may be left, not even in a traceback: hence no method gives these objects away.
+        self._group = self._under_way = self._store = None
+
+
+_given_up: list[Any] = []
 
 
 def join_group(

@@ -8,7 +8,6 @@ engine, so that registering at import is enough. Written against vLLM 0.32; runs
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +83,12 @@ class Engine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         # vLLM's own calls torch.accelerator.synchronize(), which raises where there is no accelerator.
-        self.receive_weights(self.parse_update_info(update_info))
+        try:
+            self.receive_weights(self.parse_update_info(update_info))
+        except BaseException:
+            # Closes the connections, so that the sender does not wait for this worker to take more.
+            self.shutdown()
+            raise
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
 
@@ -103,8 +107,7 @@ class Engine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def shutdown(self) -> None:
         if self._group is not None:
-            with contextlib.suppress(RuntimeError):
-                self._group.close()
+            self._group.close()
             self._group = None
 
     def _from_group(self, update_info: UpdateInfo) -> Iterator[list[tuple[str, torch.Tensor]]]:
@@ -113,13 +116,17 @@ class Engine(WeightTransferEngine[InitInfo, UpdateInfo]):
         specs = [TensorSpec.from_wire(item) for item in update_info.tensors]
         for bucket in buckets(specs, self._info.bucket_bytes):
             packed = torch.empty(bucket_nbytes(bucket), dtype=torch.uint8, device=self._group.device)
-            self._group.wait(self._group.begin_broadcast(packed))
+            self._group.begin_broadcast(packed)
+            self._group.wait()
             yield unpack(bucket, packed)
 
     def _from_folder(self, update_info: UpdateInfo) -> Iterator[list[tuple[str, torch.Tensor]]]:
         from safetensors.torch import load_file
 
-        for path in sorted(Path(update_info.folder).glob("*.safetensors")):
+        paths = sorted(Path(update_info.folder).glob("*.safetensors"))
+        if not paths:
+            raise FileNotFoundError(f"no *.safetensors in {update_info.folder} as this node sees it")
+        for path in paths:
             yield list(load_file(path).items())
 
 
