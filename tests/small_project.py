@@ -77,5 +77,3 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     (tmp_path / "mcqa.jsonl").write_text(row("mcqa_simple_agent") * 3)
     (tmp_path / "small.yaml").write_text(EXPERIMENT)
     return Project(tmp_path)
-
-

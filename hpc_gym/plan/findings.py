@@ -77,10 +77,10 @@ class Findings:
         self.paths[key] = model
         return model
 
-    def environments(self, gym: Gym) -> dict[str, Served]:
+    def environments(self) -> dict[str, Served]:
         served = {}
         for name, environment in self.experiment.environments.items():
-            each, problems = serve(name, environment, self.composed, gym)
+            each, problems = serve(name, environment, self.composed)
             self.problems += problems
             if each is not None:
                 served[name] = each

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from hpc_gym.config.compose import Composed
-from hpc_gym.config.document import read_document
 from hpc_gym.config.problems import Problem
 from hpc_gym.config.provenance import display
 from hpc_gym.config.schema import Environment
 from hpc_gym.errors import UserError
+from hpc_gym.runtimes.options import gym_configs, source
 
 INSIDE = "nemo_gym:"
 """Prefix of a path inside the nemo-gym package."""
@@ -31,67 +31,55 @@ _KINDS = ("resources_servers", "responses_api_agents", "responses_api_models")
 
 @dataclass(frozen=True)
 class Gym:
-    """An installed nemo-gym. `packages` is its site-packages; None: the runtime is not built, so nothing can be
-    looked up.
-    """
+    """An installed nemo-gym. `packages` is its site-packages; None: the runtime is not built."""
 
     packages: Path | None
-    root: Path
 
     @classmethod
     def of(cls, root: Path) -> Gym:
         """The nemo-gym of the runtime in the folder `root`, built or not."""
         found = sorted(root.glob("lib/python3.*/site-packages/nemo_gym/__init__.py"))
-        return cls(found[0].parent.parent if found else None, root)
-
-    def config_names(self) -> list[str]:
-        """Every environment configuration that it ships, as `config_paths` names it."""
-        if self.packages is None:
-            return []
-        patterns = ("environments/*/config.yaml", "resources_servers/*/configs/*.yaml", "benchmarks/*/config.yaml")
-        files = (file for pattern in patterns for file in self.packages.glob(pattern))
-        return sorted(str(file.relative_to(self.packages)) for file in files)
+        return cls(found[0].parent.parent if found else None)
 
 
 @dataclass(frozen=True)
 class Served:
-    """An environment with what its configurations define. `instances` maps a server instance to its kind."""
+    """An environment with what its configurations define.
+
+    `instances` maps a server instance to its kind; `definitions` to what it is defined by, for comparison.
+    """
 
     config_paths: tuple[str, ...]
     agent: str
     instances: Mapping[str, str]
-    settings: Mapping[str, Any]
-    """The configurations merged, to compare environments that share server instances."""
+    definitions: Mapping[str, object]
 
 
-def serve(name: str, environment: Environment, composed: Composed, gym: Gym) -> tuple[Served | None, list[Problem]]:
+def serve(name: str, environment: Environment, composed: Composed) -> tuple[Served | None, list[Problem]]:
     """Looks up the environment's configurations and its agent."""
     paths: list[str] = []
     problems: list[Problem] = []
-    settings: dict[str, Any] = {}
-    known = True
+    instances: dict[str, str] = {}
+    definitions: dict[str, object] = {}
     for index, written in enumerate(environment.config_paths):
         key = ("environments", name, "config_paths", index)
         try:
-            path, file = _config_file(written, composed.folder_of(key), gym)
+            config = _config(written, composed.folder_of(key))
         except UserError as error:
             problems.append(Problem(key, str(error)))
             continue
-        paths.append(path)
-        if file is None:
-            known = False
-            continue
-        try:
-            settings = _merged(settings, read_document(file).tree)
-        except UserError as error:
-            problems.append(Problem(key, str(error)))
-    settings = _merged(settings, environment.config)
-    instances = dict(_instances(settings))
-    agents = [key for key, kind in instances.items() if kind == "responses_api_agents"]
+        paths.append(config.path)
+        instances |= config.instances
+        definitions |= config.definitions
+        problems += [Problem(key, sentence) for sentence in _not_servable(config, environment)]
+    instances |= _instances(environment.config)
+    for instance in environment.config:
+        definitions[instance] = (definitions.get(instance), environment.config[instance])
     if problems:
         return None, problems
-    agent, problems = _agent(name, environment, agents, known, gym)
-    return Served(tuple(paths), agent, instances, settings), problems
+    agents = [instance for instance, kind in instances.items() if kind == "responses_api_agents"]
+    agent, problems = _agent(name, environment, agents)
+    return Served(tuple(paths), agent, instances, definitions), problems
 
 
 def clashes(served: Mapping[str, Served]) -> list[Problem]:
@@ -101,7 +89,7 @@ def clashes(served: Mapping[str, Served]) -> list[Problem]:
     for name, environment in served.items():
         for instance in environment.instances:
             other = first.setdefault(instance, name)
-            if other != name and served[other].settings[instance] != environment.settings[instance]:
+            if other != name and served[other].definitions[instance] != environment.definitions[instance]:
                 problems.append(
                     Problem(
                         ("environments", name),
@@ -153,41 +141,76 @@ def node_config(config: Iterable[Mapping[str, Any]], servers: str, model_name: s
     return text
 
 
-def _config_file(written: str, folder: Path, gym: Gym) -> tuple[str, Path | None]:
-    """The path as NeMo Gym is told it, and the file; no file when it would lie in a runtime that is not built."""
+@dataclass(frozen=True)
+class _Config:
+    """One of the `config_paths`: `path` as NeMo Gym is told it."""
+
+    path: str
+    instances: Mapping[str, str]
+    definitions: Mapping[str, object]
+    models: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+
+
+def _config(written: str, folder: Path) -> _Config:
+    """Raises UserError when it is neither a file nor a configuration that nemo-gym ships."""
     inside = written.removeprefix(INSIDE)
     own = (folder / Path(written).expanduser()).resolve()
     if inside == written and own.is_file():
-        return str(own), own
+        tree = _read(own)
+        instances = _instances(tree)
+        return _Config(str(own), instances, {instance: tree[instance] for instance in instances})
     if Path(written).is_absolute() or written.startswith((".", "~")):
         raise UserError(f"there is no file {display(own)}.")
-    if gym.packages is None:
-        return inside, None
-    if (gym.packages / inside).is_file():
-        return inside, gym.packages / inside
-    names = gym.config_names()
+    shipped = gym_configs()
+    if inside in shipped:
+        found = shipped[inside]
+        return _Config(inside, found.instances, dict.fromkeys(found.instances, inside), found.models, found.missing)
+    names = [path for path in shipped if not path.startswith("responses_api_models/")]
     close = difflib.get_close_matches(inside, names, n=3, cutoff=0.5) or names[:3]
     raise UserError(
         f"NeMo Gym has no configuration '{inside}', and there is no file {display(own)}; "
-        f"nearest in nemo-gym: {', '.join(close)}. Any `environments/NAME/config.yaml` or "
-        "`resources_servers/NAME/configs/FILE.yaml` of nemo-gym may stand here."
+        f"nearest in nemo-gym {source('gym')['nemo-gym']}: {', '.join(close)}."
     )
 
 
-def _agent(name: str, environment: Environment, agents: list[str], known: bool, gym: Gym) -> tuple[str, list[Problem]]:
+def _not_servable(config: _Config, environment: Environment) -> Iterable[str]:
+    if config.missing:
+        yield (
+            f"its servers need {', '.join(config.missing)}, which the gym runtime does not have: choose another "
+            "environment, or a gym runtime of your own that has it."
+        )
+    # Whoever adds configuration of their own may have pointed these elsewhere.
+    lost = [] if environment.config else sorted(set(config.models) - {"policy_model"} - set(config.instances))
+    if lost:
+        yield (
+            f"it asks the model server {', '.join(repr(model) for model in lost)} (a judge), which nothing defines: "
+            "define it, or name another, in this environment's config."
+        )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{display(file)}:{mark.line + 1}" if mark else display(file)
+        raise UserError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}.") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{display(file)}: a configuration of NeMo Gym must hold `key: value` pairs at its top level.")
+    return tree
+
+
+def _agent(name: str, environment: Environment, agents: list[str]) -> tuple[str, list[Problem]]:
     key = ("environments", name, "agent")
-    if environment.agent is not None:
-        if known and environment.agent not in agents:
-            close = difflib.get_close_matches(environment.agent, agents, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"it has: {', '.join(agents) or 'none'}."
-            return "", [Problem(key, f"'{environment.agent}' is no agent of this environment; {hint}")]
+    if environment.agent in agents:
         return environment.agent, []
-    if not known:
-        return "", [
-            Problem(
-                key[:2], "name its agent, or run `hpc-gym runtimes build`, so that it can be looked up in nemo-gym."
-            )
-        ]
+    if environment.agent is not None:
+        close = difflib.get_close_matches(environment.agent, agents, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"it has: {', '.join(agents) or 'none'}."
+        return "", [Problem(key, f"'{environment.agent}' is no agent of this environment; {hint}")]
     if len(agents) == 1:
         return agents[0], []
     if not agents:
@@ -195,12 +218,13 @@ def _agent(name: str, environment: Environment, agents: list[str], known: bool, 
     return "", [Problem(key[:2], f"its config_paths define several agents: set agent to one of {', '.join(agents)}.")]
 
 
-def _instances(settings: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            for kind in _KINDS:
-                if kind in value:
-                    yield key, kind
+def _instances(settings: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        name: kind
+        for name, value in settings.items()
+        for kind in _KINDS
+        if isinstance(value, Mapping) and kind in value
+    }
 
 
 def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,25 +5,13 @@ The tables come from `hpc_gym.runtimes.options`; nothing here imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from hpc_gym.config.problems import Problem, nearest, value_text
 from hpc_gym.config.provenance import KeyPath
 from hpc_gym.plan.owned import DEEPSPEED, GRPO, VLLM, ZERO_STAGE
-
-
-class Option(Protocol):
-    """One option: `type` is a union of `int float bool str list dict` and `null` joined by "|", or "" for anything."""
-
-    @property
-    def type(self) -> str: ...
-
-    @property
-    def choices(self) -> Sequence[Any] | None: ...
-
-
-Table = Mapping[str, Option]
+from hpc_gym.runtimes.options import Option, Section, table
 
 _KINDS: Mapping[str, tuple[type, ...]] = {
     "int": (int,),
@@ -44,60 +32,74 @@ _WORDS = {
     "null": "null",
 }
 _PROGRAMS = {"vllm": "`vllm serve`", "grpo": "TRL's GRPOConfig", "deepspeed": "DeepSpeed"}
+_OURS: Mapping[KeyPath, frozenset[str]] = {("deepspeed",): frozenset({"zero_stage"})}
 
 
 def option_problems(tree: Mapping[str, Any]) -> list[Problem]:
     """Problems of the sections `vllm`, `grpo` and `deepspeed` of a composed experiment."""
-    try:
-        from hpc_gym.runtimes.options import table
-    except ModuleNotFoundError:  # until the tables are in the tree
-        return _zero_problems(tree.get("deepspeed"))
-
-    problems = []
-    for section, owned in (("vllm", VLLM), ("grpo", GRPO), ("deepspeed", DEEPSPEED)):
+    problems: list[Problem] = []
+    sections: tuple[tuple[Section, Mapping[str, str]], ...] = (
+        ("vllm", VLLM),
+        ("grpo", GRPO),
+        ("deepspeed", DEEPSPEED),
+    )
+    for section, owned in sections:
         values = tree.get(section)
         if isinstance(values, Mapping):
-            extra = frozenset({"zero_stage"}) if section == "deepspeed" else frozenset()
-            problems += section_problems(section, values, table(section), owned, extra)
-    return problems + _zero_problems(tree.get("deepspeed"))
+            problems += _section_problems(section, (section,), values, table(section), owned)
+    return [*problems, *_zero_problems(tree.get("deepspeed")), *_dtype_problems(tree.get("grpo"))]
 
 
-def section_problems(
-    section: str, values: Mapping[str, Any], table: Table, owned: Mapping[str, str], extra: frozenset[str] = frozenset()
-) -> list[Problem]:
-    """Unknown options, options that hpc-gym owns, and values of a wrong type. `extra` are names of our own."""
-    problems = []
+def _section_problems(
+    section: Section,
+    path: KeyPath,
+    values: Mapping[str, Any],
+    options: Mapping[str, Option],
+    owned: Mapping[str, str],
+) -> Iterable[Problem]:
+    """Unknown options, options that hpc-gym owns, and values of a wrong type, also inside DeepSpeed's sections."""
+    ours = _OURS.get(path, frozenset())
     for name, value in values.items():
-        path: KeyPath = (section, name)
-        if name in owned:
-            problems.append(Problem(path, f"hpc-gym owns this option: {owned[name]}."))
-        elif name.replace("-", "_") in owned and section == "vllm":
-            problems.append(Problem(path, f"hpc-gym owns this option: {owned[name.replace('-', '_')]}."))
-        elif name in extra:
+        key = (*path, name)
+        if reason := owned.get(name) or owned.get(name.replace("-", "_")):
+            yield Problem(key, f"hpc-gym owns this option: {reason}.")
+        elif name in ours:
             continue
-        elif name not in table:
-            valid = {*table, *extra} - set(owned)
-            problems.append(Problem(path, f"{_PROGRAMS[section]} has no such option; {nearest(name, valid)}"))
-        elif sentence := _wrong_value(table[name], value):
-            problems.append(Problem(path, sentence))
-    return problems
+        elif name not in options:
+            valid = {*options, *ours} - set(owned)
+            yield Problem(key, f"{_PROGRAMS[section]} has no such option; {nearest(name, valid)}")
+        elif options[name].fields and isinstance(value, Mapping):
+            yield from _section_problems(section, key, value, options[name].fields, {})
+        elif sentence := _wrong_value(section, options[name], value):
+            yield Problem(key, sentence)
 
 
-def _wrong_value(option: Option, value: Any) -> str:
+def _wrong_value(section: Section, option: Option, value: Any) -> str:
+    if (section == "vllm" and value is None) or (section == "deepspeed" and value == "auto"):
+        return ""  # null leaves a flag out; what is "auto" transformers fills in
     if option.choices and value is not None and not isinstance(value, list | dict) and value not in option.choices:
         allowed = ", ".join(value_text(choice) for choice in option.choices)
         return f"{value_text(value)} is not allowed; allowed: {allowed}."
     kinds = [kind for kind in option.type.split("|") if kind]
-    if not kinds or value is None or any(_is(kind, value) for kind in kinds):
+    if not kinds or any(_is(kind, value) for kind in kinds):
         return ""
     told = f"the text {value_text(value)}" if isinstance(value, str) else value_text(value)
-    return f"must be {' or '.join(_WORDS[kind] for kind in kinds if kind != 'null')}, not {told}."
+    return f"must be {' or '.join(_WORDS[kind] for kind in kinds)}, not {told}."
 
 
 def _is(kind: str, value: Any) -> bool:
     if isinstance(value, bool):
         return kind == "bool"
     return isinstance(value, _KINDS[kind])
+
+
+def _dtype_problems(grpo: Any) -> list[Problem]:
+    init = grpo.get("model_init_kwargs") if isinstance(grpo, Mapping) else None
+    return [
+        Problem(("grpo", "model_init_kwargs", name), f"hpc-gym owns this option: {GRPO['bf16']}.")
+        for name in ("dtype", "torch_dtype")
+        if isinstance(init, Mapping) and name in init
+    ]
 
 
 def _zero_problems(deepspeed: Any) -> list[Problem]:

@@ -13,12 +13,12 @@ _SAVES = "checkpoints fall where a generation batch ends: set the section checkp
 _EVALUATION = "set the section evaluation: held-out rows run in their environments, not through TRL"
 _VLLM = "hpc-gym connects the trainer to vLLM: the sections vllm and rollouts say how it runs"
 _MODEL = "set model.path"
+_REVISION = "the trainer would load another one: download that revision and set model.path to its folder"
 _DTYPE = "set model.dtype: vLLM and the trainer must use the same"
 _BATCH = "it follows from the section grpo"
 
 VLLM: Mapping[str, str] = {
     "model": _MODEL,
-    "model_tag": _MODEL,
     "tokenizer": "model.path holds the tokenizer too, for vLLM and the trainer must use the same",
     "dtype": _DTYPE,
     "seed": "set seed at the top of the experiment",
@@ -41,13 +41,18 @@ VLLM: Mapping[str, str] = {
     "enable_scale_out": "the rollout server needs vLLM's render, generate and derender endpoints",
     "generation_config": "a model folder's sampling defaults would change what is sampled, unknown to the trainer",
     "logprobs_mode": "the trainer compares its log-probabilities with those of the distribution that was sampled",
+    "override_generation_config": "sampling is set in the section rollouts",
+    "revision": _REVISION,
+    "code_revision": _REVISION,
+    "tokenizer_revision": _REVISION,
+    "hf_token": "a command line is no place for it: HF_TOKEN of your environment travels with secrets",
+    "grpc": _SOCKET,
+    "grpc_port": _SOCKET,
     "config": "write the options into the section vllm",
 }
 
 GRPO: Mapping[str, str] = {
     "output_dir": "checkpoints and the model go into the run directory",
-    "logging_dir": "logs go into the run directory",
-    "overwrite_output_dir": "a run directory belongs to one run",
     "run_name": "set name, or tracking.wandb.name",
     "use_vllm": _VLLM,
     **{
@@ -76,14 +81,13 @@ GRPO: Mapping[str, str] = {
     "local_rank": "hpc-gym starts the ranks itself",
     "ddp_backend": "it follows from runtimes.device",
     "use_cpu": "set runtimes.device",
-    "no_cuda": "set runtimes.device",
     "seed": "set seed at the top of the experiment",
     "data_seed": _DATA,
     "shuffle_dataset": _DATA,
     "remove_unused_columns": _DATA,
     "dataloader_drop_last": _DATA,
+    "train_sampling_strategy": _DATA,
     "ignore_data_skip": _DATA,
-    "group_by_length": _DATA,
     "num_train_epochs": f"{_DATA}: set grpo.max_steps",
     "max_prompt_length": "prompts are rendered by vLLM: set vllm.max_model_len",
     "temperature": _SAMPLING,
@@ -100,7 +104,6 @@ GRPO: Mapping[str, str] = {
     "fp16": _DTYPE,
     "bf16_full_eval": _EVALUATION,
     "fp16_full_eval": _EVALUATION,
-    "half_precision_backend": _DTYPE,
     "auto_find_batch_size": "TRL refuses it for GRPO: a smaller batch would cut groups",
     "do_train": "the job trains",
     "do_eval": _EVALUATION,
@@ -132,6 +135,9 @@ GRPO: Mapping[str, str] = {
     "ddp_timeout": "it follows from the environments' timeout_s",
     "disable_tqdm": "`hpc-gym status` shows the progress",
     "log_completions_hub_repo": _HUB,
+    "trackio_space_id": _HUB,
+    "trackio_bucket_id": _HUB,
+    "trackio_static_space_id": _HUB,
     "push_to_hub": _HUB,
     "hub_model_id": _HUB,
     "hub_strategy": _HUB,

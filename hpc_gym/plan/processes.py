@@ -12,6 +12,7 @@ from typing import Any
 from hpc_gym.config.schema import Experiment
 from hpc_gym.plan.nemo_gym import POLICY_CONFIG
 from hpc_gym.plan.plan import ConfigFile, Probe, Process
+from hpc_gym.runtimes.options import table
 
 MODEL_NAME = "policy"
 """What vLLM and NeMo Gym call the model that is trained."""
@@ -69,13 +70,15 @@ def train_processes(experiment: Experiment, names: Names, index: int, ranks: int
 
 def vllm_flags(options: Mapping[str, Any]) -> list[str]:
     """`vllm serve` options as arguments, in order of name: `max_model_len: 5` becomes `--max-model-len 5`."""
-    flags = []
+    flags: list[str] = []
+    options_of_vllm = table("vllm")
     for name, value in sorted(options.items()):
         flag = name.replace("_", "-")
         if value is None:
             continue
         if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
+            # A flag that cannot be negated is left out to say false.
+            flags += [f"--{flag}"] if value else [f"--no-{flag}"] if options_of_vllm[name].negatable else []
         elif isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
             flags += [f"--{flag}", json.dumps(value, sort_keys=True)]
         elif isinstance(value, list):

@@ -86,7 +86,7 @@ def _resolve(composed: Composed, experiment: Experiment) -> Resolved:
     found.problems += problems
     found.check_saves(batch)
     model = found.model()
-    served = found.environments(gym)
+    served = found.environments()
     train = found.sources(gym, "train", experiment.data.train, served)
     held_out = found.sources(gym, "eval", experiment.data.eval, served)
     refuse(found.problems, composed.provenance)

@@ -13,7 +13,9 @@ from hpc_gym.cli.main import run
 __all__ = ["project"]
 
 
-def test_the_resolved_experiment_is_yaml_that_can_be_submitted(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_resolved_experiment_is_yaml_that_can_be_submitted(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(["show", "small.yaml", "grpo.max_steps=20"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["grpo"]["max_steps"] == 20
@@ -22,7 +24,9 @@ def test_the_resolved_experiment_is_yaml_that_can_be_submitted(project: Project,
     assert json.loads(capsys.readouterr().out) == shown
 
 
-def test_why_tells_the_file_and_line_and_what_was_overridden(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_why_tells_the_file_and_line_and_what_was_overridden(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
     project.write("grpo:\n  max_steps: 11\n")
     assert run(["show", "top.yaml", "grpo.max_steps=12", "--why", "grpo.max_steps", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == [
@@ -35,7 +39,13 @@ def test_why_tells_the_file_and_line_and_what_was_overridden(project: Project, c
         }
     ]
     assert run(["show", "top.yaml", "--why", "grpo.max_steps"]) == 0
-    assert capsys.readouterr().out.splitlines()[1].split() == ["grpo.max_steps", "11", "top.yaml:3", "10", "(small.yaml:11)"]
+    assert capsys.readouterr().out.splitlines()[1].split() == [
+        "grpo.max_steps",
+        "11",
+        "top.yaml:3",
+        "10",
+        "(small.yaml:11)",
+    ]
 
 
 def test_why_of_a_section_tells_all_below_it(project: Project, capsys: pytest.CaptureFixture[str]) -> None:

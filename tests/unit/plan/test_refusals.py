@@ -1,15 +1,16 @@
-"""What an experiment must not say, across its sections and roles: each is refused with a sentence at the key to change."""
+"""What an experiment must not say, across its sections and roles: each is refused with a sentence at the key to
+change.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from small_project import Project, row
 
 from hpc_gym.errors import UserError
 from hpc_gym.plan.checks import refuse_absent_hub_model
-
-from small_project import Project, row
 
 CUDA = "runtimes: {device: cuda, inference: inference-cpu, train: train-cpu}\n"
 
@@ -23,9 +24,15 @@ CUDA = "runtimes: {device: cuda, inference: inference-cpu, train: train-cpu}\n"
             "grpo.num_generations: 5 must divide the generation batch of 12 completions (6 per device x 2 ranks x "
             "steps_per_generation 1), for a group must not be cut; allowed: 2, 3, 4, 6, 12, or change",
         ),
-        (["grpo.num_generations=1"], "grpo.num_generations: must be a whole number of at least 2, not 1: a group's baseline"),
+        (
+            ["grpo.num_generations=1"],
+            "grpo.num_generations: must be a whole number of at least 2, not 1: a group's baseline",
+        ),
         (["grpo.max_steps=0"], "grpo.max_steps: must be a whole number of at least 1, not 0."),
-        (["grpo.generation_batch_size=13"], "grpo.generation_batch_size: 13 must be a multiple of the batch of one micro-step, 12"),
+        (
+            ["grpo.generation_batch_size=13"],
+            "grpo.generation_batch_size: 13 must be a multiple of the batch of one micro-step, 12",
+        ),
         (
             ["grpo.generation_batch_size=12", "grpo.steps_per_generation=1"],
             "grpo.generation_batch_size: set this or steps_per_generation, not both",
@@ -36,10 +43,14 @@ CUDA = "runtimes: {device: cuda, inference: inference-cpu, train: train-cpu}\n"
             "max_staleness: 0 means strictly on-policy, but steps_per_generation = 2 is more than "
             "gradient_accumulation_steps = 1",
         ),
-        (["grpo.num_iterations=2", "grpo.gradient_accumulation_steps=2"], "grpo.num_iterations: 2 trains on every rollout again"),
+        (
+            ["grpo.num_iterations=2", "grpo.gradient_accumulation_steps=2"],
+            "grpo.num_iterations: 2 trains on every rollout again",
+        ),
         (
             ["grpo.gradient_accumulation_steps=3", "grpo.steps_per_generation=2"],
-            "grpo.gradient_accumulation_steps: 3 must divide, or be a multiple of, steps_per_generation x num_iterations = 2",
+            "grpo.gradient_accumulation_steps: 3 must divide, or be a multiple of, steps_per_generation x "
+            "num_iterations = 2",
         ),
         (["max_staleness=1"], "max_staleness: 1 is reserved"),
         # sampling
@@ -49,7 +60,10 @@ CUDA = "runtimes: {device: cuda, inference: inference-cpu, train: train-cpu}\n"
             ["grpo.multi_objective_aggregation=normalize_then_sum"],
             "grpo.multi_objective_aggregation: 'normalize_then_sum' would normalize",
         ),
-        (["rollouts.max_output_tokens=4096"], "rollouts.max_output_tokens: 4096 tokens a turn do not fit into vllm.max_model_len = 2048"),
+        (
+            ["rollouts.max_output_tokens=4096"],
+            "rollouts.max_output_tokens: 4096 tokens a turn do not fit into vllm.max_model_len = 2048",
+        ),
         (["vllm.max_model_len=null"], "vllm: max_model_len is missing"),
         # roles
         (["gpus_per_node=2"], "gpus_per_node: 2 GPUs, but runtimes.device is cpu"),
@@ -80,7 +94,7 @@ CUDA = "runtimes: {device: cuda, inference: inference-cpu, train: train-cpu}\n"
         (["deepspeed.zero_stage=5"], "deepspeed.zero_stage: 5 is not allowed; allowed: 0, 1, 2, 3."),
         (["deepspeed.zero_optimization.stage=3"], "deepspeed.zero_optimization.stage: set deepspeed.zero_stage."),
     ],
-)  # fmt: skip
+)
 def test_refused(project: Project, overrides: list[str], says: str) -> None:
     assert says in project.refused(*overrides)
 
@@ -91,12 +105,14 @@ def test_refused(project: Project, overrides: list[str], says: str) -> None:
         ([], "gpus_per_node: 0 GPUs, but runtimes.device is cuda"),
         (
             ["gpus_per_node=4", "vllm.tensor_parallel_size=8"],
-            "vllm.tensor_parallel_size: tensor_parallel_size x pipeline_parallel_size x data_parallel_size = 8 GPUs per vLLM, "
+            "vllm.tensor_parallel_size: tensor_parallel_size x pipeline_parallel_size x data_parallel_size = 8 GPUs "
+            "per vLLM, "
             "times 1 on a rollout node, is 8; a node has 4 (gpus_per_node).",
         ),
         (
             ["gpus_per_node=4", "vllm.tensor_parallel_size=2", "rollouts.replicas=3"],
-            "rollouts.replicas: tensor_parallel_size x pipeline_parallel_size x data_parallel_size = 2 GPUs per vLLM, times 3 "
+            "rollouts.replicas: tensor_parallel_size x pipeline_parallel_size x data_parallel_size = 2 GPUs per "
+            "vLLM, times 3 "
             "on a rollout node, is 6; a node has 4",
         ),
         (["gpus_per_node=2", "ranks_per_node=4"], "ranks_per_node: 4 training ranks, but a node has 2 GPUs"),
@@ -128,10 +144,13 @@ def test_checkpoints_fall_between_generation_batches(project: Project) -> None:
             "rows.jsonl:2: agent_ref names 'mcqa_simple_agent', but the environment 'reasoning_gym' is served by "
             "'reasoning_gym_simple_agent'; that agent serves the environment 'mcqa'.",
         ),
-        (row("nobody"), "rows.jsonl:1: agent_ref names 'nobody', but the environment 'reasoning_gym' is served by "
-         "'reasoning_gym_simple_agent'; no configured environment has that agent."),
+        (
+            row("nobody"),
+            "rows.jsonl:1: agent_ref names 'nobody', but the environment 'reasoning_gym' is served by "
+            "'reasoning_gym_simple_agent'; no configured environment has that agent.",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_rows_are_refused_where_the_experiment_names_them(project: Project, text: str, says: str) -> None:
     (project.folder / "rows.jsonl").write_text(text)
     message = project.refused(more="data:\n  train:\n    - {environment: reasoning_gym, path: rows.jsonl}\n")
@@ -207,7 +226,9 @@ def test_a_hub_model_must_be_in_the_cache(tmp_path: Path) -> None:
     refuse_absent_hub_model("/a/folder", tmp_path)
 
 
-def test_a_local_job_is_refused_when_its_hub_model_is_not_there(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_job_is_refused_when_its_hub_model_is_not_there(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(project.folder / "hub"))
     assert "model.path: the model org/name is not in the cache" in project.refused("model.path=org/name")
     slurm = "cluster: {kind: slurm}\n"  # the cluster's cache may be elsewhere

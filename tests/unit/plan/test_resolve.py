@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from small_project import Project, make_model, row
 
 from hpc_gym.node.placeholders import declared_endpoints, wanted_endpoints
 from hpc_gym.plan.plan import Plan, Process
 from hpc_gym.plan.resolve import plan_for, resolve
 from hpc_gym.shipped import shipped
-
-from small_project import Project, make_model, row
 
 
 def processes(plan: Plan) -> dict[str, Process]:
@@ -30,7 +29,9 @@ def test_the_same_inputs_give_the_same_bytes(project: Project) -> None:
 
 
 def test_the_resolved_experiment_gives_the_same_plan_again(project: Project, tmp_path: Path) -> None:
-    more = "vars: {dir: .}\nenvironments: {mcqa: {config: {mcqa: {resources_servers: {mcqa: {value: '\\${policy_base_url}'}}}}}}\n"
+    # NeMo Gym's own interpolation must come through as it is, also the second time.
+    config = "{mcqa: {resources_servers: {mcqa: {value: '\\${policy_base_url}'}}}}"
+    more = f"vars: {{dir: .}}\nenvironments: {{mcqa: {{config: {config}}}}}\n"
     resolved = resolve(project.write(more), ["data.train.0.path=${vars.dir}/reasoning.jsonl"])
     elsewhere = tmp_path / "runs" / "experiment.yaml"
     elsewhere.parent.mkdir()
@@ -146,7 +147,9 @@ def test_a_wandb_run_keeps_its_id_over_attempts_and_differs_between_runs(project
 
 
 def test_what_the_trainer_needs_follows_from_the_experiment(project: Project) -> None:
-    training = project.plan("seed=7", "deepspeed.zero_stage=3", "deepspeed.zero_optimization.overlap_comm=true").training
+    training = project.plan(
+        "seed=7", "deepspeed.zero_stage=3", "deepspeed.zero_optimization.overlap_comm=true"
+    ).training
     assert training.deepspeed == {"zero_optimization": {"overlap_comm": True, "stage": 3}}
     assert training.grpo["seed"] == 7
     assert training.grpo["model_init_kwargs"] == {"dtype": "float32"}
@@ -231,7 +234,9 @@ def test_every_shipped_experiment_resolves(name: str, tmp_path: Path, monkeypatc
     assert plan.training.prompts_per_step % sum(weights) == 0
 
 
-def test_the_five_node_example_is_one_rollout_and_four_training_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_five_node_example_is_one_rollout_and_four_training_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for path in ("workplace_assistant/train", "workplace_assistant/validation", "reasoning_gym/train"):
         (tmp_path / f"data/{path}.jsonl").parent.mkdir(parents=True, exist_ok=True)

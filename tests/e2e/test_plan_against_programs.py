@@ -1,0 +1,102 @@
+"""What the Plan tells vLLM and NeMo Gym, read by their own parsers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from small_project import Project, project, row
+
+from hpc_gym.plan.plan import Plan, Process
+from hpc_gym.runtimes.spec import RuntimeSpec, is_built, spec_of
+from hpc_gym.shipped import shipped
+
+__all__ = ["project"]
+
+pytestmark = pytest.mark.e2e
+
+PARSE_VLLM = """
+import json, sys
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(json.load(sys.stdin))
+validate_parsed_serve_args(parsed)
+print("PARSED" + json.dumps({name: value for name, value in vars(parsed).items()}, default=str))
+"""
+
+
+def built(name: str) -> RuntimeSpec:
+    runtime = spec_of(name)
+    if not is_built(runtime):
+        pytest.skip(f"the runtime {name} is not built: hpc-gym runtimes build")
+    return runtime
+
+
+def process(plan: Plan, name: str) -> Process:
+    return next(each for node in plan.nodes for each in node.processes if each.name == name)
+
+
+def test_vllm_understands_every_flag(project: Project) -> None:
+    runtime = built("inference-cpu")
+    more = (
+        "vllm:\n  enable_prefix_caching: false\n  override_generation_config: {max_new_tokens: 5}\n"
+        "  max_num_seqs: 8\n  gpu_memory_utilization: 0.5\n  disable_log_stats: true\n"
+    )
+    argv = process(project.plan(more=more), "vllm-0").argv
+    done = subprocess.run(
+        [str(runtime.python), "-c", PARSE_VLLM],
+        input=json.dumps(argv[2:]),
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "VLLM_NO_USAGE_STATS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    parsed = json.loads(done.stdout.rpartition("PARSED")[2])
+    assert parsed["model_tag"] == str(project.folder / "model")
+    assert parsed["uds"] == "{private_dir}/vllm-0.sock"
+    assert parsed["max_model_len"] == 2048
+    assert parsed["enable_prefix_caching"] is False
+    assert parsed["enable_auto_tool_choice"] is True
+    assert parsed["override_generation_config"] == {"max_new_tokens": 5}
+    assert parsed["kv_cache_memory_bytes"] == 1 << 30
+
+
+def test_nemo_gym_resolves_every_shipped_environment_as_the_node_gets_it(project: Project, tmp_path: Path) -> None:
+    runtime = built("gym")
+    names = sorted(file.stem for file in (shipped("configs") / "environments").glob("*.yaml"))
+    (tmp_path / "rows.jsonl").write_text(row())
+    more = f"extends: [./small.yaml, {', '.join(f'environments/{name}' for name in names)}]\n"
+    (tmp_path / "all.yaml").write_text(more + "data: {train: [{environment: mcqa, path: rows.jsonl}]}\n")
+    judge = "environments.equivalence_llm_judge.config.equivalence_llm_judge.resources_servers.equivalence_llm_judge"
+    from hpc_gym.plan.resolve import plan_for
+
+    plan = plan_for("all.yaml", [f"{judge}.judge_model_server.name=policy_model"])
+    gym = process(plan, "gym")
+    (file,) = gym.files
+    config = tmp_path / "node.yaml"
+    text = (
+        file.text.replace("{port:gym-head}", "23456").replace("{port:gym}", "23500").replace("{port:gym+99}", "23599")
+    )
+    config.write_text(text.replace("{port:policy}", "23457"))
+    paths = gym.argv[3].replace(file.path, str(config))
+    done = subprocess.run(
+        [str(runtime.root / "bin/gym"), "env", "resolve", paths, f"hydra.run.dir={tmp_path}/hydra", *gym.argv[5:]],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    resolved = yaml.safe_load(done.stdout[done.stdout.index("policy_model:") :])
+    for environment in plan.environments:
+        assert "responses_api_agents" in resolved[environment.agent], environment.name
+    assert resolved["policy_base_url"] == "http://127.0.0.1:23457/v1"
+    assert resolved["head_server"] == {"host": "127.0.0.1", "port": 23456}
+    assert not (tmp_path / "outputs").exists()  # Hydra's folder went where it was told
