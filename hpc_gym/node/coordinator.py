@@ -3,7 +3,8 @@
 It runs beside the supervisor of node rank 0, which talks to it over TCP like all the others. Messages are JSON objects
 with a `type`:
 
-* to the coordinator: `heartbeat`, `endpoints`, `event`, `ended` (a task ended well), `failed`, `saving`, `signal`,
+* to the coordinator: `heartbeat`, `endpoints`, `event`, `ended` (a task ended well), `complained`, `failed`,
+  `saving`, `signal`,
   `released`;
 * from it: `heartbeat`, `endpoints` (of all nodes), `checkpoint` (tasks save and stop), `stop`, `end` (the outcome).
 """
@@ -201,6 +202,8 @@ class Coordinator:
                 self._checkpoint("a task stopped at a checkpoint")
         elif kind == "failed":
             self._fail(Failure(**message["failure"]), task)
+        elif kind == "complained":
+            self._verdict.complaints.append(Failure(**message["failure"]))
         elif kind == "saving":
             (self._saving.add if message["saving"] else self._saving.discard)(task)
         elif kind == "signal":

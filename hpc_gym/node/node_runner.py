@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import time
+import traceback
 from typing import Any
 
 from hpc_gym.node import tree
@@ -36,6 +37,7 @@ class NodeRunner:
     def __init__(self, context: NodeContext) -> None:
         self._context = context
         self._pump = LogPump()
+        self._table = tree.ProcessTable()
         self._shared_memory = SharedMemory(context.private_dir / SHARED_MEMORY_RECORD)
         self._endpoints = Endpoints(context)
         self._waiting: dict[int, asyncio.Future[tuple[int, float]]] = {}
@@ -57,7 +59,7 @@ class NodeRunner:
         coordinator = self._coordinate()
         link = asyncio.create_task(self._keep_link(), name="link")
         look = asyncio.create_task(self._look(), name="look")
-        keepers = [asyncio.create_task(self._keep(each), name=each.spec.name) for each in self._processes]
+        keepers = [asyncio.create_task(self._keep_or_fail(each), name=each.spec.name) for each in self._processes]
         await self._stopping.wait()
         stopped = time.monotonic()
         await self._release(keepers)
@@ -121,6 +123,14 @@ class NodeRunner:
                 self._ended.set_result(Outcome.from_json(message["outcome"]))
             self._stopping.set()
 
+    async def _keep_or_fail(self, process: ManagedProcess) -> None:
+        try:
+            await self._keep(process)
+        except Exception as error:
+            # Whatever it is, nobody watches this process any more.
+            traceback.print_exc()
+            self._fail(process, End(None, None, f"its supervisor failed: {type(error).__name__}: {error}", 0.0), 0)
+
     async def _keep(self, process: ManagedProcess) -> None:
         """Runs the lives of one process."""
         spec, restarts = process.spec, 0
@@ -170,6 +180,9 @@ class NodeRunner:
         def report(event: str, **fields: Any) -> None:
             if event in ("saving", "saved"):
                 self._link.send({"type": "saving", "process": spec.name, "saving": event == "saving"})
+            elif event == "complained" and spec.kind == "task":
+                complaint = self._failure(spec.name, spec.role, fields["cause"], str(context.log(spec.role, spec.name)))
+                self._link.send({**failure_message(spec.name, complaint), "type": "complained"})
             self._report(spec, event, **fields)
 
         return ManagedProcess(
@@ -178,6 +191,7 @@ class NodeRunner:
             marker=context.process_marker(spec.name),
             private_dir=context.private_dir,
             pump=self._pump,
+            table=self._table,
             children=self,
             report=report,
         )
@@ -227,7 +241,7 @@ class NodeRunner:
             self._look_now()
 
     def _look_now(self) -> None:
-        table = tree.processes()
+        table = self._table.recent()
         for process in self._processes:
             process.look(table)
         self._shared_memory.look(tree.descendants([os.getpid()], table))

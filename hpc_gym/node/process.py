@@ -65,6 +65,7 @@ class ManagedProcess:
         marker: str,
         private_dir: Path,
         pump: LogPump,
+        table: tree.ProcessTable,
         children: Children,
         report: Callable[..., None],
     ) -> None:
@@ -78,6 +79,7 @@ class ManagedProcess:
         self._marker = marker
         self._private_dir = private_dir
         self._pump = pump
+        self._table = table
         self._children = children
         self._report = report
         self._started = 0.0
@@ -139,7 +141,13 @@ class ManagedProcess:
         last_alive = self._started
         last_text = ""
         while True:
-            await asyncio.sleep(_PROBE_EVERY_S if not ready_at else max(_PROBE_EVERY_S, self.spec.alive_within_s / 10))
+            every = _PROBE_EVERY_S if not ready_at else max(_PROBE_EVERY_S, self.spec.alive_within_s / 10)
+            slept_at = time.monotonic()
+            await asyncio.sleep(every)
+            if time.monotonic() - slept_at > every + 1.0:
+                # This process itself was held up (stopped, swapped out): signs of life are still to be read.
+                last_alive = time.monotonic()
+                continue
             said = self.said.said
             if said.failure and time.monotonic() - said.failed_at > _EXIT_AFTER_FAILURE_S:
                 return said.failure
@@ -150,7 +158,8 @@ class ManagedProcess:
             if not ready_at:
                 if answer.alive:
                     ready_at = now
-                    self._report("ready", seconds=round(now - self._started, 3))
+                    used = round(tree.cpu_seconds(self._own_pids()), 2)
+                    self._report("ready", seconds=round(now - self._started, 3), cpu_seconds=used)
                 elif (limit := self.spec.ready_within_s) and now - self._started > limit:
                     detail = answer.text or said.status
                     return f"not ready within {limit:g} s" + (f": {detail}" if detail else "")
@@ -188,7 +197,7 @@ class ManagedProcess:
         return self._private_dir / values.fill(self.spec.ready.target)
 
     def _own_pids(self) -> set[int]:
-        self.look(tree.processes())
+        self.look(self._table.recent())
         return set(self.members)
 
     def look(self, table: Mapping[int, tree.Proc]) -> None:
@@ -237,7 +246,7 @@ class ManagedProcess:
             await asyncio.sleep(0.02)
 
     def _living(self) -> list[tree.Proc]:
-        self.look(tree.processes())
+        self.look(self._table.recent())
         return [proc for proc in self.members.values() if not proc.zombie]
 
     async def _end(self, status: int, cpu_seconds: float, hung: str) -> End:

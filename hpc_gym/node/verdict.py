@@ -21,6 +21,8 @@ class Verdict:
     """Exit codes of tasks that ended well: 0, or stopped at a checkpoint."""
     failures: list[Failure] = field(default_factory=list)
     """In the order in which they were reported."""
+    complaints: list[Failure] = field(default_factory=list)
+    """What tasks said of why they fail, before they have ended."""
     lost: list[tuple[Failure, str]] = field(default_factory=list)
     """Nodes that fell silent, with their host names."""
     cancelled: str = ""
@@ -38,8 +40,8 @@ class Verdict:
         """How the attempt ends, None while it goes on.
 
         A signal to the job explains whatever dies with it. A lost node explains failures that only say that a peer is
-        gone. Once tasks were told to stop at a checkpoint, the job is to be requeued whatever dies: there may be no time
-        left.
+        gone. Once tasks were told to stop at a checkpoint, the job is to be requeued whatever dies: there may be no
+        time left.
         """
         stopped = STOPPED_AT_CHECKPOINT in self.ended.values()
         if self.finished():
@@ -53,9 +55,8 @@ class Verdict:
         if self.checkpoint:
             over = self.overdue or self.lost or self._cannot_save()
             return Outcome("requeue", self.checkpoint, self._bad_hosts()) if over else None
-        first = next((failure for failure in self.failures if not is_collateral(failure.cause)), None)
-        if first is not None:
-            return Outcome("failed", failure=first)
+        if self.failures and (causes := self._causes()):
+            return Outcome("failed", failure=causes[0])
         if self.lost:
             return Outcome("requeue", "a node was lost", self._bad_hosts(), self.lost[0][0])
         if self.failures:
@@ -69,7 +70,13 @@ class Verdict:
 
     def only_collateral(self) -> bool:
         """Whether all that failed so far failed because something else is gone."""
-        return bool(self.failures) and all(is_collateral(failure.cause) for failure in self.failures)
+        return bool(self.failures) and not self._causes()
+
+    def _causes(self) -> list[Failure]:
+        """What failed by itself. A task that complained first, but takes long to end, comes after those that have
+        ended.
+        """
+        return [failure for failure in (*self.failures, *self.complaints) if not is_collateral(failure.cause)]
 
     def _bad_hosts(self) -> tuple[str, ...]:
         return tuple(host for _, host in self.lost)

@@ -10,7 +10,7 @@ node: `released`   nothing of the attempt is left on it; `seconds` since it was 
 `started`          `pid`, `restarts` so far
 `progress`         on the way to ready: `text` ("3 / 9 servers")
 `status`           `text`, what the process says it does
-`ready`            `seconds` since it was started
+`ready`            `seconds` since it was started, `cpu_seconds` it has used
 `saving`, `saved`  a checkpoint is being written; no longer
 `complained`       it says that it fails: `cause`
 `hung`             it will be killed: `cause`

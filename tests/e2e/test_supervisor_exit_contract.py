@@ -278,7 +278,7 @@ def test_near_the_time_limit_tasks_stop_at_a_checkpoint_and_the_next_attempt_fol
     run.process.send_signal(signal.SIGUSR2)
     assert run.wait() == 0
     first = json.loads((run.run_dir / "attempts/1/outcome.json").read_text())
-    assert (first["kind"], first["reason"]) == ("requeue", "the job received SIGUSR2 (time limit or preemption)")
+    assert (first["kind"], first["reason"]) == ("requeue", "the job received SIGUSR2: its time limit is near")
     assert "saving" in (run.run_dir / "attempts/1/logs/train-1-rank-1.log").read_text()
     assert (run.run_dir / "attempts/latest").readlink().name == "2"
     assert run.outcome().kind == "completed"

@@ -51,6 +51,16 @@ def test_the_first_failure_that_is_not_the_loss_of_a_peer_is_the_cause() -> None
     assert outcome.failure.process == "rank-0"
 
 
+def test_a_task_that_said_why_it_fails_is_the_cause_though_its_peers_are_faster_to_end() -> None:
+    verdict = Verdict(TASKS, complaints=[failure("rank-0", "ValueError: x")])
+    assert kind(verdict) == "running"
+    verdict.failures.append(failure("rank-1", "RuntimeError: Connection closed by peer [127.0.0.1]:4"))
+    outcome = verdict.outcome()
+    assert outcome is not None
+    assert outcome.failure is not None
+    assert outcome.failure.process == "rank-0"
+
+
 def test_a_lost_node_explains_failures_of_its_peers_and_is_excluded() -> None:
     verdict = Verdict(TASKS, failures=[failure("rank-1", "Connection reset by peer")])
     verdict.lost.append((failure("supervisor", "no heartbeat"), "node3"))
