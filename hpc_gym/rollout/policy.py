@@ -13,7 +13,7 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -153,7 +153,9 @@ class PolicyEndpoint:
         conversation.add_turn(rendered.token_ids, choice)
         if choice.finish_reason == "length":
             conversation.truncated = "the policy ran out of tokens in its last turn"
-        message = await self._message(conversation, request, rendered, choice) if generated else Message()
+        # As in vLLM's own chat answers, the token that ended the turn is no text: its derender would show it.
+        spoken = generated if conversation.stop_id is None else generated[:-1]
+        message = await self._message(conversation, request, rendered, spoken) if spoken else Message()
         said = _openai_message(message, conversation)
         conversation.history = chat.canonical([*request["messages"], said])
         if conversation.turns == 1:
@@ -198,7 +200,7 @@ class PolicyEndpoint:
         return generated.choices[0]
 
     async def _message(
-        self, conversation: Conversation, request: Mapping[str, Any], rendered: Rendered, choice: Choice
+        self, conversation: Conversation, request: Mapping[str, Any], rendered: Rendered, spoken: Sequence[int]
     ) -> Message:
         """The generated ids as vLLM's parsers read them. It depends on nothing but what is sent, so it is
         remembered.
@@ -209,7 +211,7 @@ class PolicyEndpoint:
                 "model": self._model_name,
                 "generate_response": {
                     "request_id": "derender",
-                    "choices": [{"index": 0, "token_ids": choice.token_ids, "finish_reason": "stop"}],
+                    "choices": [{"index": 0, "token_ids": spoken, "finish_reason": "stop"}],
                 },
                 "prompt_token_ids": rendered.token_ids[-SEED_IDS:],
                 "chat_request": {**request, "messages": [], "logprobs": False, "top_logprobs": None},

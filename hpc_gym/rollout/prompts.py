@@ -17,8 +17,10 @@ RENDERINGS = 4096
 
 
 def encode(request: Mapping[str, Any]) -> bytes:
-    """JSON in one spelling, so that equal requests are equal bytes."""
-    return msgspec.json.encode(request, order="deterministic")
+    """JSON with the keys in the order that NeMo Gym gave them: it is the order in which templates print a tool's
+    parameters. Requests of one environment are built by the same code, so equal ones are equal bytes.
+    """
+    return msgspec.json.encode(request)
 
 
 class Prompts:
