@@ -5,6 +5,8 @@ servers.
 from __future__ import annotations
 
 import difflib
+import functools
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from hpc_gym.config.provenance import display
 from hpc_gym.config.schema import Environment
 from hpc_gym.errors import UserError
 from hpc_gym.runtimes.options import gym_configs, source
+from hpc_gym.runtimes.spec import spec_of
 
 INSIDE = "nemo_gym:"
 """Prefix of a path inside the nemo-gym package."""
@@ -175,9 +178,11 @@ def _config(written: str, folder: Path) -> _Config:
 
 
 def _not_servable(config: _Config, environment: Environment) -> Iterable[str]:
-    if config.missing:
+    # A package that is there in another version than the server pins may well do; one that is not there does not.
+    absent = [line for line in config.missing if _package(line) not in _locked_packages()]
+    if absent:
         yield (
-            f"its servers need {', '.join(config.missing)}, which the gym runtime does not have: choose another "
+            f"its servers need {', '.join(absent)}, which the gym runtime does not have: choose another "
             "environment, or a gym runtime of your own that has it."
         )
     # Whoever adds configuration of their own may have pointed these elsewhere.
@@ -187,6 +192,19 @@ def _not_servable(config: _Config, environment: Environment) -> Iterable[str]:
             f"it asks the model server {', '.join(repr(model) for model in lost)} (a judge), which nothing defines: "
             "define it, or name another, in this environment's config."
         )
+
+
+@functools.cache
+def _locked_packages() -> frozenset[str]:
+    return frozenset(_package(line) for line in spec_of("gym").lock.splitlines())
+
+
+def _package(requirement: str) -> str:
+    """Name of the package that a line of a requirements file asks for; an editable path is nemo-gym itself."""
+    if requirement.startswith("-e ."):
+        return "nemo-gym"
+    found = re.match(r"[A-Za-z0-9._-]+", requirement)
+    return re.sub(r"[-_.]+", "-", found[0]).lower() if found else requirement
 
 
 def _read(file: Path) -> dict[str, Any]:

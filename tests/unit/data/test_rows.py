@@ -22,7 +22,9 @@ def refused(path: Path) -> str:
     return str(caught.value)
 
 
-@given(st.lists(st.text(st.characters(blacklist_characters="\n\r"), max_size=90), max_size=12), st.booleans())
+@given(
+    st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\n\r"), max_size=90), max_size=12), st.booleans()
+)
 def test_rows_are_the_lines_that_are_not_blank(
     tmp_path_factory: pytest.TempPathFactory, lines: list[str], end: bool
 ) -> None:

@@ -11,6 +11,7 @@ from small_project import Project, row
 
 from hpc_gym.errors import UserError
 from hpc_gym.plan.checks import refuse_absent_hub_model
+from hpc_gym.plan.resolve import plan_for
 
 CUDA = "runtimes: {device: cuda, inference: inference-cpu, train: train-cpu}\n"
 
@@ -233,3 +234,41 @@ def test_a_local_job_is_refused_when_its_hub_model_is_not_there(
     assert "model.path: the model org/name is not in the cache" in project.refused("model.path=org/name")
     slurm = "cluster: {kind: slurm}\n"  # the cluster's cache may be elsewhere
     assert project.plan("model.path=org/name", more=slurm).training.model == "org/name"
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        (
+            "environments/reasoning_gm/config.yaml",
+            "NeMo Gym has no configuration 'environments/reasoning_gm/config.yaml'",
+        ),
+        ("environments/reasoning_gm/config.yaml", "environments/reasoning_gym/config.yaml"),
+        ("resources_servers/swe_pivot/configs/nothing.yaml", "nearest in nemo-gym 0.4.0: "),
+        (
+            "environments/abstention/config.yaml",
+            "it asks the model server 'genrm_model' (a judge), which nothing defines",
+        ),
+        ("resources_servers/asr_with_pc/configs/asr_with_pc.yaml", "its servers need jiwer"),
+    ],
+)
+def test_an_environment_that_nemo_gym_cannot_serve_is_refused(project: Project, path: str, says: str) -> None:
+    assert says in project.refused(more=f"environments: {{mine: {{config_paths: [{path}]}}}}\n")
+
+
+def test_an_agent_that_the_environment_lacks_is_refused_with_the_nearest(project: Project) -> None:
+    message = project.refused("environments.mcqa.agent=mcqa_simple_agnt")
+    assert "environments.mcqa.agent: 'mcqa_simple_agnt' is no agent of this environment; did you mean" in message
+    assert "'mcqa_simple_agent'" in message
+
+
+def test_any_environment_of_nemo_gym_is_added_by_its_path_alone(project: Project) -> None:
+    path = "resources_servers/example_multi_step/configs/example_multi_step.yaml"
+    plan = project.plan(more=f"environments: {{mine: {{config_paths: [{path}]}}}}\n")
+    assert plan.environments[-1].agent == "example_multi_step_simple_agent"
+
+
+def test_a_judge_must_be_named(project: Project) -> None:
+    (project.folder / "judged.yaml").write_text("extends: [./small.yaml, environments/equivalence_llm_judge]\n")
+    with pytest.raises(UserError, match=r"judge_model_server\.name: must be set"):
+        plan_for("judged.yaml")
