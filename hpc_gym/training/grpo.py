@@ -58,13 +58,8 @@ def _run(plan: Plan, stop: StopSignal) -> int:
     notify(STATUS="importing torch and TRL")
     from hpc_gym.training.run import TrainingRun
 
-    attempt = int(os.environ.get("HPC_GYM_ATTEMPT", "1"))
-    secrets = read_secrets(os.environ["HPC_GYM_SECRETS"])
-    for name, value in secrets.env.items():
-        os.environ.setdefault(name, value)
-    endpoints = os.environ["HPC_GYM_ROLLOUT_SERVERS"].split(",")
-    with RolloutClient(endpoints, secrets.token) as client:
-        run = TrainingRun(plan, client, stop, attempt)
+    with connect() as client:
+        run = TrainingRun(plan, client, stop, int(os.environ["HPC_GYM_ATTEMPT"]))
         code = 1
         try:
             code = run.execute(Path(plan.run_dir) / EXPORT)
@@ -73,6 +68,14 @@ def _run(plan: Plan, stop: StopSignal) -> int:
         finally:
             run.close(code)
     return code
+
+
+def connect() -> RolloutClient:
+    """The client of the job's rollout servers. The secret variables of the attempt enter this process's environment."""
+    secrets = read_secrets(os.environ["HPC_GYM_SECRETS"])
+    for name, value in secrets.env.items():
+        os.environ.setdefault(name, value)
+    return RolloutClient(os.environ["HPC_GYM_ROLLOUT_SERVERS"].split(","), secrets.token)
 
 
 def leave(code: int) -> Any:

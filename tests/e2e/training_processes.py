@@ -33,7 +33,9 @@ _ENVIRONMENT = {
 
 
 def environment(**more: str) -> dict[str, str]:
-    """A small environment with hpc_gym and the test programs importable; .pyc files are written, imports are slow without."""
+    """A small environment with hpc_gym and the test programs importable; .pyc files are written, imports are slow
+    without.
+    """
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "TMPDIR")}
     return kept | _ENVIRONMENT | {"PYTHONPATH": f"{REPOSITORY}:{PROGRAMS}"} | more
 

@@ -1,6 +1,7 @@
 """Stands in for the rollout servers: the same calls as `RolloutClient`, answered by one `vllm serve` or by a script.
 
-What is behind it is real: vLLM's own endpoints, or nothing at all where a test wants to say exactly what a rollout gave.
+What is behind it is real: vLLM's own endpoints, or nothing at all where a test wants to say exactly what a rollout
+gave.
 """
 
 from __future__ import annotations
@@ -52,6 +53,12 @@ class Boundary:
 
     incarnation = "1"
 
+    def __enter__(self) -> Boundary:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
     def wait_ready(self, deadline_s: float, on_status: Callable[[str], None] | None = None) -> list[Health]:
         replica = Replica(state="ready", incarnation=self.incarnation, weight_version=0, world_size=1)
         return [
@@ -85,7 +92,9 @@ class Scripted(Boundary):
 
 
 class OneVllm(Boundary):
-    """Rollouts are completions of one `vllm serve` at `url`: the row's `prompt` (ids), `tokens` new tokens, the row's reward rule."""
+    """Rollouts are completions of one `vllm serve` at `url`: the row's `prompt` (ids), `tokens` new tokens, the
+    row's reward rule.
+    """
 
     def __init__(self, url: str, skip_versions: Sequence[int] = ()) -> None:
         self._url = url

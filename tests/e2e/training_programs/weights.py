@@ -37,7 +37,9 @@ def changed(original: Any, seed: int) -> Any:
 
 @torch.no_grad()
 def compare(vllm: OneVllm, model: Any) -> dict[str, float]:
-    """Greedy completions of vLLM: the largest difference of a log-probability, and the share that the model would choose."""
+    """Greedy completions of vLLM: the largest difference of a log-probability, and the share that the model would
+    choose.
+    """
     worst, same, count = 0.0, 0, 0
     for prompt in PROMPTS:
         answer = vllm.complete(prompt, TOKENS, temperature=0.0)
