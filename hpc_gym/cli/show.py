@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hpc_gym.cli.arguments import Cluster, Experiment, Json, Overrides
 from hpc_gym.errors import UserError
 
 if TYPE_CHECKING:
@@ -13,13 +14,11 @@ if TYPE_CHECKING:
 
 
 def show(
-    experiment: Annotated[str, typer.Argument(help="A YAML file, or a name under configs/experiments.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values to override.")] = None,
-    cluster: Annotated[
-        str | None, typer.Option(help="Cluster profile: a name under configs/clusters, or a file.")
-    ] = None,
+    experiment: Experiment,
+    overrides: Overrides = None,
+    cluster: Cluster = None,
     why: Annotated[str | None, typer.Option(metavar="KEY", help="Tell who set KEY (or what is below it).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """The resolved experiment as YAML, or with --why where a value comes from.
 
