@@ -34,6 +34,7 @@ COMMANDS = {
     "list": LazyCommand("hpc_gym.cli.list", "list_runs", "All runs, running and past."),
     "cancel": LazyCommand("hpc_gym.cli.cancel", "cancel", "Stop a job in good order."),
     "show": LazyCommand("hpc_gym.cli.show", "show", "The resolved experiment, and where each value comes from."),
+    "check": LazyCommand("hpc_gym.cli.check", "check", "What would go wrong, before a node is waited for."),
     "runtimes": LazyCommand("hpc_gym.cli.runtimes", "app", "Build and list the runtimes that roles run in."),
     "demo": LazyCommand("hpc_gym.cli.demo", "demo", "Train a small model on two environments, on this machine."),
 }

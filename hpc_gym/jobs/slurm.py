@@ -1,6 +1,6 @@
 """Jobs on Slurm: `sbatch` of the run directory's `job.sh`, and the states of jobs by `squeue`, then `sacct`.
 
-Whatever asks Slurm goes through `_ask`, so that its absence or an answer of "no" becomes one readable sentence.
+Whatever asks Slurm goes through `ask`, so that its absence or an answer of "no" becomes one readable sentence.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def submit(run_dir: Path) -> str:
     """Hands `job.sh` to sbatch and returns the job id (of the leader, for a heterogeneous job)."""
     # SBATCH_PARTITION and the like win over the script's directives: what is submitted is the script.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SBATCH_")}
-    answer = _ask(["sbatch", "--parsable", str(run_dir / "job.sh")], environment)
+    answer = ask(["sbatch", "--parsable", str(run_dir / "job.sh")], environment)
     job_id = answer.strip().splitlines()[-1].split(";")[0]
     if not job_id.isdigit():
         raise UserError(f"sbatch answered {answer.strip()!r} instead of a job id")
@@ -47,18 +47,18 @@ def cancel(record: JobRecord, kill: bool = False) -> None:
     KillWait is; one that waits, or any with `kill`, through Slurm.
     """
     if kill:
-        _ask(["scancel", record.job_id])
+        ask(["scancel", record.job_id])
         return
     # scancel fails for a job that has ended, which is all that is wanted.
     for options in (["--state=PENDING"], ["--state=RUNNING", "--batch", "--signal=INT"]):
         with contextlib.suppress(UserError):
-            _ask(["scancel", *options, record.job_id])
+            ask(["scancel", *options, record.job_id])
 
 
 def _components(command: list[str], job_ids: Sequence[str]) -> dict[str, list[str]]:
     """States of the components of each job, from lines of `ID|STATE`; a heterogeneous job's parts are 12+0, 12+1."""
     try:
-        rows = _ask([*command, f"--jobs={','.join(job_ids)}"]).splitlines()
+        rows = ask([*command, f"--jobs={','.join(job_ids)}"]).splitlines()
     except UserError:
         return {}
     found: dict[str, list[str]] = {}
@@ -80,7 +80,11 @@ def _joined(states: list[str]) -> str:
     return (wrong or states or ["UNKNOWN"])[0]
 
 
-def _ask(command: list[str], environment: Mapping[str, str] | None = None) -> str:
+def ask(command: list[str], environment: Mapping[str, str] | None = None, errors: bool = False) -> str:
+    """Output of one of Slurm's commands; with `errors`, also what it says on stderr.
+
+    Raises UserError when there is no such command, when it fails, or when it gives no answer.
+    """
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
     except FileNotFoundError:
@@ -89,4 +93,4 @@ def _ask(command: list[str], environment: Mapping[str, str] | None = None) -> st
         raise UserError(f"'{command[0]}' gave no answer within 60 s: is the Slurm controller up?") from None
     if done.returncode:
         raise UserError(f"{' '.join(command)} failed: {done.stderr.strip() or f'exit code {done.returncode}'}")
-    return done.stdout
+    return done.stdout + done.stderr if errors else done.stdout

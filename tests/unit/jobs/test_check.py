@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from small_project import Project, project
+
+from hpc_gym.cli.main import run
+from hpc_gym.errors import UserError
+from hpc_gym.jobs.check import Finding, check_experiment
+from hpc_gym.jobs.slurm_check import minutes
+
+__all__ = ["project"]
+
+
+def found(findings: list[Finding], check: str) -> Finding:
+    return next(each for each in findings if each.check == check)
+
+
+def test_a_local_experiment_is_looked_at_from_runtimes_to_room(
+    project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HPC_GYM_CACHE", str(tmp_path / "cache"))
+    findings = check_experiment(project.write())
+    assert found(findings, "experiment").detail == "small: 1 rollout, 2 train node(s), 2 training rank(s)"
+    assert found(findings, "runtime gym") == Finding(
+        "runtime gym", "failed", "it is not built: hpc-gym runtimes build gym"
+    )
+    assert found(findings, "training data").detail.startswith("reasoning_gym: 2 rows")
+    assert found(findings, "held-out data").status == "warning"
+    assert found(findings, "run directory") == Finding("run directory", "ok", str(tmp_path / "runs" / "small"))
+    assert found(findings, "room").status == "ok"
+    assert not any(each.check == "slurm" for each in findings)
+
+
+def test_a_run_name_that_exists_is_found(project: Project) -> None:
+    (project.folder / "runs" / "small").mkdir(parents=True)
+    assert found(check_experiment(project.write()), "run directory").status == "failed"
+
+
+def test_too_little_room_for_the_checkpoints_is_found(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (project.folder / "model" / "model.safetensors").open("r+b") as weights:
+        weights.truncate(shutil.disk_usage(project.folder).free)
+    assert found(check_experiment(project.write()), "room").status == "failed"
+
+
+def test_without_slurm_a_slurm_job_cannot_be_checked_further(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    last = check_experiment(project.write(), ["cluster.kind=slurm"])[-1]
+    assert last.status == "failed"
+    assert last.detail.startswith("not on PATH: sbatch")
+
+
+def test_the_command_exits_with_1_when_a_check_failed_and_2_when_the_experiment_is_wrong(
+    project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HPC_GYM_CACHE", str(tmp_path / "cache"))
+    assert run(["check", str(project.write()), "--json"]) == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert {
+        "check": "runtime gym",
+        "status": "failed",
+        "detail": "it is not built: hpc-gym runtimes build gym",
+    } in printed
+    assert run(["check", str(project.write()), "grpo.max_step=3"]) == 2
+    with pytest.raises(UserError, match="max_step"):
+        check_experiment(project.write(), ["grpo.max_step=3"])
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("30", 30),
+        ("90:30", 90.5),
+        ("12:30:00", 750),
+        ("1-0", 1440),
+        ("2-12:30", 3630),
+        ("1-00:00:30", 1440.5),
+        ("UNLIMITED", float("inf")),
+    ],
+)
+def test_times_are_read_as_sbatch_reads_them(text: str, expected: float) -> None:
+    assert minutes(text) == expected
