@@ -65,7 +65,8 @@ def check_space(specs: Sequence[RuntimeSpec]) -> None:
     needed, free = sum(spec.disk_mib for spec in specs), shutil.disk_usage(folder).free // 2**20
     if free < needed:
         raise UserError(
-            f"no space for {', '.join(spec.name for spec in specs)}: {needed} MiB needed, {free} MiB free for {folder}.\n"
+            f"no space for {', '.join(spec.name for spec in specs)}: {needed} MiB needed, {free} MiB free for "
+            f"{folder}.\n"
             f"Free some space, or set HPC_GYM_CACHE to a folder on a larger file system."
         )
 
@@ -75,7 +76,8 @@ def _make_folder() -> None:
         runtimes_folder().mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{runtimes_folder()}, where runtimes are built, can't be made: {error.strerror}. Set HPC_GYM_CACHE to a folder of yours."
+            f"{runtimes_folder()}, where runtimes are built, can't be made: {error.strerror}. "
+            f"Set HPC_GYM_CACHE to a folder of yours."
         ) from error
 
 
@@ -146,6 +148,4 @@ def _write_marker(spec: RuntimeSpec, seconds: float) -> None:
 
 def folder_size(folder: Path) -> int:
     """Bytes in the files below `folder`, links not followed."""
-    return sum(
-        os.lstat(os.path.join(parent, file)).st_size for parent, _, files in os.walk(folder) for file in files  # noqa: PTH118
-    )
+    return sum((Path(parent) / file).lstat().st_size for parent, _, files in os.walk(folder) for file in files)

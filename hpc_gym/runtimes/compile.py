@@ -12,9 +12,9 @@ import itertools
 import os
 import subprocess
 import tempfile
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
-from packaging.markers import Environment, default_environment
 from packaging.requirements import Requirement
 
 from hpc_gym.errors import UserError
@@ -31,28 +31,33 @@ def compile_lock(name: str, upgrade: bool = False) -> str:
     """The text of the lock of that name: a runtime's, or `base` or `dev`, the sets of the base install."""
     locks = shipped("locks")
     if name in ("base", "dev"):
-        sources = [str(locks.parent / "pyproject.toml")] if name == "base" else ["--group", "dev", "-c", "locks/base.txt"]
-        made_from, pythons, torch = "pyproject.toml", BASE_PYTHONS, ""
+        made_from, pythons, torch = ["pyproject.toml"], BASE_PYTHONS, ""
+        sources = made_from if name == "base" else ["--group", "dev", "--constraints", "locks/base.txt"]
     else:
-        entry = table()[name]
-        sources, made_from = [f"locks/{name}.in"], f"locks/{name}.in"
+        made_from, pythons, torch = [f"locks/{name}.in"], tuple(table()[name]["pythons"]), table()[name]["torch"]
+        sources = list(made_from)
         if (locks / f"{name}.overrides").exists():
-            sources += ["--overrides", f"locks/{name}.overrides"]
-            made_from += f" and locks/{name}.overrides"
-        pythons, torch = tuple(entry["pythons"]), entry["torch"]
+            made_from.append(f"locks/{name}.overrides")
+            sources += ["--overrides", made_from[-1]]
     oldest = min(pythons, key=_version)
-    uv = find_uv()
+    how = ["uv", "pip", "compile", "--universal", "--python-version", oldest, *sources]
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / f"{name}.txt"
         if not upgrade and (locks / output.name).exists():
             output.write_text((locks / output.name).read_text())
-        command = [uv, "pip", "compile", "--quiet", "--universal", "--no-annotate", "--no-header"]
-        command += ["--python-version", oldest, *torch_arguments(torch), *sources, "--output-file", str(output)]
-        subprocess.run(command, check=True, cwd=locks.parent, env=index_environment(os.environ), stdout=subprocess.DEVNULL)
+        quietly = ["--quiet", "--no-annotate", "--no-header", "--output-file", str(output)]
+        subprocess.run(
+            [find_uv(), *how[1:], *torch_arguments(torch), *quietly],
+            check=True,
+            cwd=locks.parent,
+            env=index_environment(os.environ),
+            stdout=subprocess.DEVNULL,
+        )
         pins = simplify(output.read_text(), pythons)
-    version = subprocess.run([uv, "--version"], check=True, capture_output=True, text=True).stdout.split()[1]
-    how = f"uv pip compile --universal --python-version {oldest}, uv {version}"
-    return f"# Made from {made_from} by `make locks` ({how}; Python {', '.join(pythons)} on Linux). Do not edit.\n{pins}"
+    return (
+        f"# Made from {' and '.join(made_from)} by `make locks`; do not edit.\n"
+        f"# {' '.join(how)}\n# and then only what Python {', '.join(pythons)} on Linux needs.\n{pins}"
+    )
 
 
 def simplify(lock: str, pythons: tuple[str, ...]) -> str:
@@ -63,7 +68,7 @@ def simplify(lock: str, pythons: tuple[str, ...]) -> str:
         if not line or line.startswith("#"):
             continue
         marker = Requirement(line).marker
-        needed = [marker is None or marker.evaluate(dict(target)) for target in targets]
+        needed = [marker is None or marker.evaluate(target) for target in targets]
         if all(needed):
             lines.append(line.split(";")[0].strip())
         elif any(needed):
@@ -71,18 +76,19 @@ def simplify(lock: str, pythons: tuple[str, ...]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _environment(python: str, machine: str) -> Environment:
-    environment = default_environment()
-    environment.update(
-        python_version=python,
-        python_full_version=f"{python}.9",
-        implementation_version=f"{python}.9",
-        platform_machine=machine,
-        sys_platform="linux",
-        platform_system="Linux",
-        os_name="posix",
-    )
-    return environment
+def _environment(python: str, machine: str) -> dict[str, str | AbstractSet[str]]:
+    return {
+        "python_version": python,
+        "python_full_version": f"{python}.9",
+        "implementation_name": "cpython",
+        "implementation_version": f"{python}.9",
+        "platform_python_implementation": "CPython",
+        "platform_machine": machine,
+        "platform_system": "Linux",
+        "sys_platform": "linux",
+        "os_name": "posix",
+        "extra": "",
+    }
 
 
 def _version(python: str) -> tuple[int, ...]:
@@ -103,7 +109,7 @@ def main() -> None:
         text = compile_lock(name, arguments.upgrade)
         changed = not path.exists() or path.read_text() != text
         path.write_text(text)
-        print(f"{path.name}: {len(text.splitlines()) - 1} packages{'' if changed else ', unchanged'}")
+        print(f"{path.name}: {len(text.splitlines()) - 3} packages{'' if changed else ', unchanged'}")
 
 
 if __name__ == "__main__":

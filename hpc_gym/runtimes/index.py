@@ -25,12 +25,13 @@ def index_environment(environment: Mapping[str, str]) -> dict[str, str]:
 def torch_arguments(torch: str) -> list[str]:
     """uv's arguments for the source of PyTorch.
 
-    `$PIP_FIND_LINKS` goes first, as with pip. PyTorch's public index (`--torch-backend`) is asked where none of its
+    A build of its own (`torch`, "cpu") is looked for in `$PIP_FIND_LINKS` first, as pip does. PyTorch's public index (`--torch-backend`) is asked where none of its
     folders holds a torch wheel: uv would ask it even for a wheel that is at hand, and many clusters cannot reach it.
     """
+    if not torch:
+        # From the ordinary index: a CPU wheel in $PIP_FIND_LINKS must not come in the place of the CUDA build.
+        return []
     links = os.environ.get("PIP_FIND_LINKS", "").split()
     arguments = [argument for link in links for argument in ("--find-links", link)]
     at_hand = any("://" in link or any(Path(link).glob("torch-*.whl")) for link in links)
-    if torch and not at_hand:
-        arguments += ["--torch-backend", torch]
-    return arguments
+    return arguments if at_hand else [*arguments, "--torch-backend", torch]

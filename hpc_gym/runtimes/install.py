@@ -30,6 +30,9 @@ class Event:
     text: str = ""
 
 
+_UNREACHABLE = ("Failed to fetch", "error sending request", "dns error", "Could not connect")
+"""What uv says when an index does not answer."""
+
 Progress = Callable[[Event], None]
 """Called from the threads that build, one per runtime."""
 
@@ -73,7 +76,9 @@ class Builder:
     def _check(self) -> None:
         missing = [name for name in self.spec.commands if not os.access(self.spec.root / "bin" / name, os.X_OK)]
         if missing:
-            raise RuntimeError(f"runtime {self.spec.name} has no program {', '.join(missing)}: locks/{self.spec.name}.txt is wrong")
+            raise RuntimeError(
+                f"runtime {self.spec.name} has no program {', '.join(missing)}: locks/{self.spec.name}.txt is wrong"
+            )
         imports = "import importlib, json, sys; [importlib.import_module(name) for name in json.loads(sys.argv[1])]"
         # -P: a folder of the person's that is called like a package must not be imported in its place.
         command = [str(self.spec.python), "-P", "-c", imports, json.dumps(self.spec.imports)]
@@ -84,12 +89,18 @@ class Builder:
 
     def _say_installed(self, output: str) -> None:
         done = sum(1 for _ in self.spec.root.glob("lib/python*/site-packages/*.dist-info"))
-        steps = [line.strip() for line in output.splitlines() if line.lstrip().startswith(("Download", "Built", "Build"))]
+        steps = [
+            line.strip() for line in output.splitlines() if line.lstrip().startswith(("Download", "Built", "Build"))
+        ]
         self._say("installing", done, self.spec.packages, steps[-1] if steps and not done else "")
 
     def _run(self, command: Sequence[str], what: str, watch: Callable[[str], None] | None = None) -> None:
         """Runs a program to its end, its output in the log; UserError when it fails."""
-        environment = index_environment(os.environ) | {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "UV_LINK_MODE_WARNINGS": "0"}
+        environment = index_environment(os.environ) | {
+            "HF_HUB_OFFLINE": "1",
+            "DO_NOT_TRACK": "1",
+            "UV_LINK_MODE_WARNINGS": "0",
+        }
         with self.log.open("a") as log:
             log.write(f"$ {' '.join(command)}\n")
             log.flush()
@@ -118,15 +129,17 @@ class Builder:
         if "os error 28" in output or "No space left on device" in output:
             free = shutil.disk_usage(self.spec.root.parent).free // 2**20
             return UserError(
-                f"runtime {name}: no space left while hpc-gym was to {what}: {free} MiB free for {self.spec.root.parent}, "
-                f"{self.spec.disk_mib} MiB needed (and uv's cache needs as much again where it is cold).\n"
+                f"runtime {name}: no space left while hpc-gym was to {what}: {free} MiB free for "
+                f"{self.spec.root.parent}, {self.spec.disk_mib} MiB needed, and as much again for uv's cache.\n"
                 f"Free some space, or set HPC_GYM_CACHE (and UV_CACHE_DIR) to a folder on a larger file system."
             )
-        if any(sign in output for sign in ("Failed to fetch", "error sending request", "dns error", "Could not connect")):
+        if any(
+            sign in output for sign in ("Failed to fetch", "error sending request", "dns error", "Could not connect")
+        ):
             return UserError(
                 f"runtime {name}: no package index could be reached:\n{tail}\n"
-                f"Set UV_DEFAULT_INDEX (or PIP_INDEX_URL) to an index that this machine reaches, and PIP_FIND_LINKS to a folder "
-                f"with the torch wheel where PyTorch's index is out of reach. Whole log: {self.log}"
+                f"Set UV_DEFAULT_INDEX (or PIP_INDEX_URL) to an index that this machine reaches, and PIP_FIND_LINKS to "
+                f"a folder with the torch wheel where PyTorch's index is out of reach. Whole log: {self.log}"
             )
         return UserError(f"runtime {name}: could not {what} (exit code {status}):\n{tail}\nWhole log: {self.log}")
 
@@ -140,7 +153,9 @@ def find_uv() -> str:
     except (ImportError, FileNotFoundError):
         found = shutil.which("uv")
     if not found:
-        raise UserError("hpc-gym builds its runtimes with uv, and there is none: `pip install uv` in hpc-gym's own environment.")
+        raise UserError(
+            "hpc-gym builds its runtimes with uv, and there is none: `pip install uv` in hpc-gym's own environment."
+        )
     return found
 
 

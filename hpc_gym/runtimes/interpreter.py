@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import shutil
 import subprocess
@@ -18,8 +17,9 @@ _ASK = "import sys; print('%d.%d' % sys.version_info[:2], sys.implementation.nam
 def find_python(versions: Sequence[str], purpose: str) -> Path:
     """An interpreter of the first of `versions` ("3.12", ...) that this machine has.
 
-    Looked at: `$HPC_GYM_PYTHON` (a list of interpreters, joined by ":"), the running interpreter, PATH, pyenv's versions and uv's own.
-    Raises UserError, which says where it looked and how to get one, when there is none; `purpose` begins its sentence.
+    Looked at: `$HPC_GYM_PYTHON` (a list of interpreters, joined by ":"), the running interpreter, PATH, pyenv's
+    versions and uv's own. Raises UserError, which says where it looked and how to get one, when there is none;
+    `purpose` begins its sentence.
     """
     for version in versions:
         for candidate in _candidates(version):
@@ -30,9 +30,10 @@ def find_python(versions: Sequence[str], purpose: str) -> Path:
     raise UserError(
         f"{purpose} needs Python {wanted}, and this machine has none that hpc-gym can find.\n"
         f"Looked at: $HPC_GYM_PYTHON ({os.environ.get('HPC_GYM_PYTHON') or 'not set'}), {sys.executable}, "
-        f"{' and '.join(f'python{version}' for version in versions)} on PATH, {_pyenv_root()}/versions, {_uv_pythons()}.\n"
-        f"To get one: `uv python install {versions[0]}`, or `pyenv install {versions[0]}`, or load your site's module that "
-        f"puts python{versions[0]} on PATH; or set HPC_GYM_PYTHON to its path."
+        f"{' and '.join(f'python{version}' for version in versions)} on PATH, {_pyenv_root()}/versions, "
+        f"{_uv_pythons()}.\n"
+        f"To get one: `uv python install {versions[0]}`, or `pyenv install {versions[0]}`, or load your site's module "
+        f"that puts python{versions[0]} on PATH; or set HPC_GYM_PYTHON to its path."
     )
 
 
@@ -43,15 +44,15 @@ def _candidates(version: str) -> Iterator[Path]:
     for program in (f"python{version}", "python3", "python"):
         if found := shutil.which(program):
             yield Path(found)
-    patterns = (f"{_pyenv_root()}/versions/{version}*/bin/python{version}", f"{_uv_pythons()}/*/bin/python{version}")
-    for pattern in patterns:
-        yield from (Path(path) for path in sorted(glob.glob(pattern), reverse=True))
+    yield from sorted(_pyenv_root().glob(f"versions/{version}*/bin/python{version}"), reverse=True)
+    yield from sorted(_uv_pythons().glob(f"*/bin/python{version}"), reverse=True)
 
 
 def _version(candidate: Path) -> tuple[str, Path] | None:
     """Its minor version and real path; None where it does not run or is not CPython.
 
-    Running it is the only test that counts: pyenv puts a `python3.12` on PATH that only prints an error unless 3.12 is activated.
+    Running it is the only test that counts: pyenv puts a `python3.12` on PATH that only prints an error unless 3.12
+    is activated.
     """
     try:
         answer = subprocess.run([candidate, "-I", "-c", _ASK], capture_output=True, text=True, timeout=30, check=True)
@@ -61,10 +62,10 @@ def _version(candidate: Path) -> tuple[str, Path] | None:
     return (version, Path(executable)) if implementation == "cpython" else None
 
 
-def _pyenv_root() -> str:
-    return os.environ.get("PYENV_ROOT") or str(Path.home() / ".pyenv")
+def _pyenv_root() -> Path:
+    return Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
 
 
-def _uv_pythons() -> str:
-    data = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
-    return os.environ.get("UV_PYTHON_INSTALL_DIR") or f"{data}/uv/python"
+def _uv_pythons() -> Path:
+    data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    return Path(os.environ.get("UV_PYTHON_INSTALL_DIR") or data / "uv" / "python")

@@ -1,6 +1,7 @@
 """The options that vLLM, TRL and DeepSpeed accept, and what nemo-gym ships, as tables read from the locked runtimes.
 
-`python -m hpc_gym.runtimes.extract` makes the tables. Reading one is a few milliseconds and imports none of the programs.
+`python -m hpc_gym.runtimes.extract` makes the tables. Reading one takes a few milliseconds and imports none of the
+programs.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class GymConfig:
     path: str
     """As `config_paths` names it."""
     instances: Mapping[str, str]
-    """The server instances it defines, with their types: resources_servers, responses_api_agents, responses_api_models."""
+    """The server instances it defines, with their types: `resources_servers`, `responses_api_agents`, ..."""
     servers: tuple[str, ...]
     """The server programs those instances run, as `TYPE/NAME`."""
     models: tuple[str, ...]

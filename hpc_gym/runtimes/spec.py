@@ -1,8 +1,8 @@
 """What each runtime is, and the folder it lives in: known from the locks alone, whether it is built or not.
 
-A runtime is a venv that the programs of a role run in. `locks/runtimes.toml` says what each needs, `locks/NAME.txt` pins
-its packages. Its folder is `CACHE/runtimes/NAME-DIGEST`, where the digest covers everything the build depends on: so a
-changed lock never touches a runtime that a running job uses, and two checkouts of one version share theirs.
+A runtime is a venv that the programs of a role run in. `locks/runtimes.toml` says what each needs, `locks/NAME.txt`
+pins its packages. Its folder is `CACHE/runtimes/NAME-DIGEST`, where the digest covers everything the build depends on:
+so a changed lock never touches a runtime that a running job uses, and two checkouts of one version share theirs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class RuntimeSpec:
     pythons: tuple[str, ...]
     """Minor versions of Python it may run on, best first."""
     torch: str
-    """PyTorch's index that `torch` comes from ("cpu"); "" where torch comes from the ordinary index or is not needed."""
+    """PyTorch's index that `torch` comes from ("cpu"); "" where the ordinary index has it, or nobody needs it."""
     disk_mib: int
     commands: tuple[str, ...]
     imports: tuple[str, ...]
@@ -120,5 +120,5 @@ def _spec(name: str, lock: Path) -> RuntimeSpec:
     entry = table()[name]
     lines = (line.strip() for line in lock.read_text().splitlines())
     pins = "\n".join(line for line in lines if line and not line.startswith("#"))
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
     return RuntimeSpec(name=name, lock=pins + "\n", **values)

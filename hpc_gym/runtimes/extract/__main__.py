@@ -1,4 +1,4 @@
-"""`python -m hpc_gym.runtimes.extract`: makes `hpc_gym/runtimes/tables/*.json` again from the built runtimes (`make tables`).
+"""`python -m hpc_gym.runtimes.extract` (`make tables`): makes `tables/*.json` again from the built runtimes.
 
 With `--inside NAME` it runs in a runtime itself, where only the standard library and the runtime's packages are: it
 prints the table of that name.

@@ -90,7 +90,7 @@ def _fields(model: Any, path: str, auto: set[str]) -> dict[str, Any]:
     fields = {}
     for name, field in model.model_fields.items():
         default = field.get_default(call_default_factory=False)
-        nested = [kind for kind in _models(field.annotation)]
+        nested = list(_models(field.annotation))
         for key in (name, *filter(None, [field.alias])):
             found = words(field.annotation)
             if found and (default is None or f"{path}.{key}" in auto):
@@ -112,7 +112,7 @@ def _models(hint: Any) -> Iterable[Any]:
 
 
 def _type(key: str, default: Any, auto: set[str]) -> str:
-    if default is None or isinstance(default, dict) and not default:
+    if default is None or default == {}:
         # Asked for without a default: nothing says what it may be, unless the empty section that stands for none.
         return "dict" if default == {} else ""
     found = {word_of(default)}

@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 KINDS = ("resources_servers", "responses_api_agents", "responses_api_models")
-_PATTERNS = ("environments/*/config.yaml", "resources_servers/*/configs/*.yaml", "responses_api_models/*/configs/*.yaml")
+_PATTERNS = (
+    "environments/*/config.yaml",
+    "resources_servers/*/configs/*.yaml",
+    "responses_api_models/*/configs/*.yaml",
+)
 
 
 def table() -> dict[str, Any]:
@@ -37,7 +41,9 @@ def _config(file: Path, packages: Path) -> dict[str, Any]:
     import yaml
 
     tree = yaml.safe_load(file.read_text()) or {}
-    instances, references, datasets = {}, set(), []
+    instances: dict[str, Any] = {}
+    references: set[tuple[str, str]] = set()
+    datasets: list[dict[str, Any]] = []
     for name, value in tree.items():
         kind = next((kind for kind in KINDS if isinstance(value, dict) and kind in value), None)
         if kind is None or not isinstance(value[kind], dict):
