@@ -12,7 +12,7 @@ from typing import Any
 
 from hpc_gym.config.compose import Composed, compose
 from hpc_gym.config.problems import refuse
-from hpc_gym.config.provenance import KeyPath, Provenance
+from hpc_gym.config.provenance import KeyPath, Provenance, Setting
 from hpc_gym.config.schema import Experiment, Section
 from hpc_gym.config.validate import validate
 from hpc_gym.plan import plan as frozen
@@ -67,6 +67,7 @@ def resolve(experiment: str | Path, overrides: Sequence[str] = (), cluster: str 
     composed = compose(experiment, overrides, cluster)
     if "name" not in composed.tree:
         composed.tree["name"] = composed.file.stem
+        composed.provenance.record(("name",), Setting(value=composed.file.stem, file=composed.file, line=1))
     typed, problems = validate(composed)
     problems = [*problems, *option_problems(composed.tree)]
     if typed is None or problems:
@@ -92,7 +93,8 @@ def _resolve(composed: Composed, experiment: Experiment) -> Resolved:
     refuse(found.problems, composed.provenance)
     assert batch is not None
 
-    runs_dir = (composed.folder_of(("cluster", "runs_dir")) / Path(experiment.cluster.runs_dir).expanduser()).resolve()
+    # Relative to where the user submits, whichever cluster profile says it.
+    runs_dir = (Path.cwd() / Path(experiment.cluster.runs_dir).expanduser()).resolve()
     run_dir = str(runs_dir / experiment.name)
     found.paths["cluster", "runs_dir"] = str(runs_dir)
     nodes = _nodes(experiment, names, model, ranks, runtimes, served)
@@ -103,16 +105,8 @@ def _resolve(composed: Composed, experiment: Experiment) -> Resolved:
         python=runtimes[BASE].python,
         nodes=nodes,
         runtimes=runtimes,
-        environments=tuple(
-            frozen.Environment(name, served[name].agent, served[name].config_paths, each.timeout_s, each.max_attempts)
-            for name, each in experiment.environments.items()
-        ),
-        rollout=frozen.RolloutSettings(
-            model_name=MODEL_NAME,
-            max_model_len=experiment.vllm["max_model_len"],
-            max_concurrent=experiment.rollouts.max_concurrent,
-            replicas=replicas_of(experiment),
-        ),
+        environments=_environments(experiment, served),
+        rollout=_rollout_settings(experiment),
         training=_training(experiment, batch, model, train, held_out, run_dir),
         launch=launch(experiment),
         supervision=_supervision(experiment),
@@ -120,6 +114,22 @@ def _resolve(composed: Composed, experiment: Experiment) -> Resolved:
         secrets=tuple(experiment.secrets),
     )
     return Resolved(plan, experiment, composed.provenance, found.paths)
+
+
+def _environments(experiment: Experiment, served: Mapping[str, Served]) -> tuple[frozen.Environment, ...]:
+    return tuple(
+        frozen.Environment(name, served[name].agent, served[name].config_paths, each.timeout_s, each.max_attempts)
+        for name, each in experiment.environments.items()
+    )
+
+
+def _rollout_settings(experiment: Experiment) -> frozen.RolloutSettings:
+    return frozen.RolloutSettings(
+        model_name=MODEL_NAME,
+        max_model_len=experiment.vllm["max_model_len"],
+        max_concurrent=experiment.rollouts.max_concurrent,
+        replicas=replicas_of(experiment),
+    )
 
 
 def _literal(value: Any) -> Any:

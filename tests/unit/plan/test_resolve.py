@@ -246,3 +246,10 @@ def test_the_five_node_example_is_one_rollout_and_four_training_nodes(
     assert plan.training.world_size == 32
     assert dataclasses.asdict(plan)["training"]["deepspeed"]["zero_optimization"]["stage"] == 3
     assert len(plan.nodes[0].processes) == 3
+
+
+def test_runs_go_below_where_the_user_submits_whoever_names_their_folder(project: Project) -> None:
+    profile = project.folder / "configs/clusters/site.yaml"
+    profile.parent.mkdir(parents=True)
+    profile.write_text("cluster: {kind: slurm, runs_dir: results}\nruntimes: {device: cpu}\n")
+    assert project.plan(cluster="site").run_dir == str(project.folder / "results/small")
