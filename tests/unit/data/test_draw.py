@@ -17,6 +17,7 @@ def mixture(parts: list[tuple[int, int]], seed: int) -> Mixture:
     return Mixture([weight for weight, _ in parts], [rows for _, rows in parts], seed)
 
 
+@settings(deadline=None)
 @given(sources, st.integers(0, 5), st.integers(0, 200))
 def test_every_block_holds_exactly_the_shares_wherever_it_starts(
     parts: list[tuple[int, int]], seed: int, start: int
@@ -26,6 +27,7 @@ def test_every_block_holds_exactly_the_shares_wherever_it_starts(
     assert [counts[source] for source in range(len(parts))] == list(mixed.shares)
 
 
+@settings(deadline=None)
 @given(sources, st.integers(0, 5))
 def test_each_epoch_of_a_source_is_a_permutation_of_its_rows(parts: list[tuple[int, int]], seed: int) -> None:
     mixed = mixture(parts, seed)
@@ -40,7 +42,7 @@ def test_each_epoch_of_a_source_is_a_permutation_of_its_rows(parts: list[tuple[i
 
 
 @given(sources, st.integers(0, 5), st.integers(0, 300))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_a_resume_at_any_draw_goes_on_with_the_same_rows(
     parts: list[tuple[int, int]], seed: int, resumed_at: int
 ) -> None:
@@ -79,7 +81,7 @@ def test_weights_become_the_smallest_whole_numbers(weights: list[float], shares:
 
 
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=5))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_odd_weights_are_rounded_so_that_a_block_stays_short(weights: list[float]) -> None:
     shares = integer_shares(weights)
     assert min(shares) >= 1

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_gym.data.rows import Rows, check_rows
@@ -22,6 +22,7 @@ def refused(path: Path) -> str:
     return str(caught.value)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\n\r"), max_size=90), max_size=12), st.booleans()
 )
