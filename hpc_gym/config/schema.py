@@ -204,8 +204,10 @@ class Cluster(Section):
     runs_dir: _Text
     """On storage that all nodes share; relative to the working directory of the submit."""
     slurm: Slurm
+    srun: dict[str, Directive]
+    """Options of the one `srun` that starts a supervisor on every node, by their own names."""
     setup: list[_Text]
-    """Shell lines that run first on every node."""
+    """Shell lines that the job script runs first; what they export reaches all nodes."""
     env: dict[str, str]
     """Environment variables of every process."""
     role_env: dict[Literal["rollout", "train", "judge", "environment"], dict[str, str]]

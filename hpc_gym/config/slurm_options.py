@@ -1,4 +1,4 @@
-"""The long options of sbatch that a cluster profile may set, and those that hpc-gym sets itself."""
+"""The long options of sbatch and srun that a cluster profile may set, and those that hpc-gym sets itself."""
 
 from __future__ import annotations
 
@@ -50,15 +50,49 @@ OWNED = {
     "ignore-pbs": "the job script is hpc-gym's",
 }
 
+# fmt: off
+SRUN_ALLOWED = frozenset({
+    "accel-bind", "acctg-freq", "bb", "bbf", "bcast", "bcast-exclude", "comment", "compress", "cpu-bind",
+    "cpu-freq", "cpus-per-gpu", "cpus-per-task", "disable-status", "distribution", "epilog", "exact", "gpu-bind",
+    "gpu-freq", "gpus", "gpus-per-node", "gpus-per-socket", "gpus-per-task", "gres", "gres-flags", "hint",
+    "job-name", "mem", "mem-bind", "mem-per-cpu", "mem-per-gpu", "mpi", "msg-timeout", "network", "nice",
+    "ntasks-per-core", "profile", "prolog", "propagate", "quiet", "quit-on-interrupt", "resv-ports", "send-libs",
+    "slurmd-debug", "task-epilog", "task-prolog", "threads", "threads-per-core", "tres-bind", "tres-per-task",
+    "verbose", "wckey", "whole",
+})
+# fmt: on
+"""From srun(1) of Slurm 24.11: of the one srun that starts a supervisor on every node."""
+
+SRUN_OWNED = {
+    "nodes": OWNED["nodes"],
+    "ntasks": OWNED["ntasks"],
+    "ntasks-per-node": OWNED["ntasks-per-node"],
+    "het-group": "hpc-gym starts one srun over all components",
+    "overlap": "a supervisor starts nothing with srun that would have to wait for it",
+    "export": OWNED["export"],
+    "kill-on-bad-exit": "the coordinator decides how the job ends",
+    "wait": "the coordinator decides how the job ends",
+    "output": OWNED["output"],
+    "error": OWNED["error"],
+    "input": OWNED["input"],
+    "label": "logs go into the run directory",
+    "unbuffered": "logs go into the run directory",
+    "chdir": OWNED["chdir"],
+    "container-image": "set cluster.runtime",
+    "container-mounts": "set cluster.runtime",
+}
+
 
 def slurm_problems(tree: dict[str, Any]) -> list[Problem]:
-    """Unknown directives, and those that hpc-gym owns, in `cluster.slurm` of a composed experiment."""
+    """Unknown options, and those that hpc-gym owns, in `cluster.slurm` and `cluster.srun` of a composed experiment."""
     cluster = tree.get("cluster")
-    slurm = cluster.get("slurm") if isinstance(cluster, dict) else None
-    if not isinstance(slurm, dict):
+    if not isinstance(cluster, dict):
         return []
     problems = []
-    for name, value in slurm.items():
+    for name in _section(cluster, "srun"):
+        if found := _srun_problem(name):
+            problems.append(found)
+    for name, value in _section(cluster, "slurm").items():
         path: KeyPath = ("cluster", "slurm", name)
         if name in ROLES:
             inner = value if isinstance(value, dict) else {}
@@ -66,6 +100,21 @@ def slurm_problems(tree: dict[str, Any]) -> list[Problem]:
         elif found := _problem(path, name, ROLES):
             problems.append(found)
     return problems
+
+
+def _section(cluster: dict[str, Any], name: str) -> dict[str, Any]:
+    section = cluster.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _srun_problem(name: str) -> Problem | None:
+    path: KeyPath = ("cluster", "srun", name)
+    option = name.replace("_", "-")
+    if option in SRUN_OWNED:
+        return Problem(path, f"hpc-gym owns this option of srun: {SRUN_OWNED[option]}.")
+    if option not in SRUN_ALLOWED:
+        return Problem(path, f"srun has no such option, or none for a step of a job; {nearest(option, SRUN_ALLOWED)}")
+    return None
 
 
 def _problem(path: KeyPath, name: str, sections: tuple[str, ...]) -> Problem | None:

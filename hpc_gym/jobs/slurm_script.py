@@ -24,7 +24,7 @@ def sbatch_options(plan: Plan) -> list[Directives]:
     for index, (component, nodes) in enumerate(
         zip(plan.launch.components or ({},), component_nodes(plan.launch, len(plan.nodes)), strict=True)
     ):
-        own: dict[str, Any] = {**plan.launch.options, **component}
+        own = _spelt({**plan.launch.options, **component})
         own |= {"nodes": nodes, "ntasks": nodes, "ntasks-per-node": 1}
         if index == 0:
             own |= {
@@ -51,12 +51,12 @@ def srun_options(launch: Launch, nodes: int) -> Directives:
     `kill-on-bad-exit`, `wait`: how the job ends is decided by the coordinator, not by the first task that ends.
     `cpu-bind`: a task may use all CPUs of its node's allocation, for it starts everything there.
     """
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"cpu-bind": "none", "mpi": "none", **_spelt(launch.srun)}
     if len(launch.components) > 1:
         options["het-group"] = ",".join(str(index) for index in range(len(launch.components)))
     else:
         options |= {"nodes": nodes, "ntasks": nodes}
-    options |= {"export": "ALL", "cpu-bind": "none", "mpi": "none", "overlap": True}
+    options |= {"export": "ALL", "overlap": True}
     return _directives({**options, "kill-on-bad-exit": 0, "wait": 0, "unbuffered": True, "label": True})
 
 
@@ -67,11 +67,15 @@ def _directives(options: Mapping[str, Any]) -> Directives:
     for name, value in sorted(options.items()):
         option = name.replace("_", "-")
         if not _OPTION.fullmatch(option):
-            raise UserError(f"'{name}' is no option of sbatch: option names are lower-case letters, digits and dashes")
+            raise UserError(f"'{option}' is no option of sbatch or srun: their names are letters, digits and dashes")
         if value is None or value is False:
             continue
         directives[option] = None if value is True else str(value)
     return directives
+
+
+def _spelt(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.replace("_", "-"): value for name, value in options.items()}
 
 
 def _pattern(path: str) -> str:

@@ -34,6 +34,7 @@ def launch(experiment: Experiment) -> Launch:
         kind="slurm",
         options=common,
         components=components,
+        srun=_directives(cluster.srun),
         setup=tuple(cluster.setup),
         network_interface=cluster.network_interface,
         scratch=cluster.scratch,

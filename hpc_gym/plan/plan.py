@@ -228,8 +228,10 @@ class Launch:
     options: Mapping[str, Any] = field(default_factory=dict)
     components: tuple[Mapping[str, Any], ...] = ()
     """Per component of the allocation: `nodes`, and directives of its own (partition, constraint, gres...)."""
+    srun: Mapping[str, Any] = field(default_factory=dict)
+    """More options of the one srun."""
     setup: tuple[str, ...] = ()
-    """Shell lines of the cluster profile, run before anything else on every node."""
+    """Shell lines of the cluster profile, run first by the job script; what they export reaches all nodes."""
     network_interface: str | None = None
     scratch: str | None = None
     """Node-local directory for private files; None: the node's temporary directory."""
