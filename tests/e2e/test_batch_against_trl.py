@@ -1,4 +1,4 @@
-"""The arithmetic of `hpc_gym.plan.batch` is TRL's: what it accepts, GRPOConfig accepts, and it refuses what GRPOConfig refuses."""
+"""The arithmetic of `hpc_gym.plan.batch` is TRL's: it refuses what GRPOConfig refuses, and no group that TRL takes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,12 @@ def test_batches_are_accepted_and_refused_as_by_trl() -> None:
         pytest.skip("the runtime train-cpu is not built: hpc-gym runtimes build")
     asked = cases()
     done = subprocess.run(
-        [str(runtime.python), "-c", ASK_TRL], input=json.dumps(asked), capture_output=True, text=True, timeout=180, check=True
+        [str(runtime.python), "-c", ASK_TRL],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=True,
     )
     answers = json.loads(done.stdout.rpartition("ANSWERS")[2])
     accepted = 0

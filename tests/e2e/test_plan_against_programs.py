@@ -43,7 +43,7 @@ def process(plan: Plan, name: str) -> Process:
 def test_vllm_understands_every_flag(project: Project) -> None:
     runtime = built("inference-cpu")
     more = (
-        "vllm:\n  enable_prefix_caching: false\n  override_generation_config: {max_new_tokens: 5}\n"
+        "vllm:\n  enable_prefix_caching: false\n  limit_mm_per_prompt: {image: 5}\n"
         "  max_num_seqs: 8\n  gpu_memory_utilization: 0.5\n  disable_log_stats: true\n"
     )
     argv = process(project.plan(more=more), "vllm-0").argv
@@ -63,7 +63,7 @@ def test_vllm_understands_every_flag(project: Project) -> None:
     assert parsed["max_model_len"] == 2048
     assert parsed["enable_prefix_caching"] is False
     assert parsed["enable_auto_tool_choice"] is True
-    assert parsed["override_generation_config"] == {"max_new_tokens": 5}
+    assert parsed["limit_mm_per_prompt"] == {"image": 5}
     assert parsed["kv_cache_memory_bytes"] == 1 << 30
 
 
