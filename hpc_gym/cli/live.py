@@ -28,18 +28,22 @@ _STATE_STYLES = {"RUNNING": "cyan", "COMPLETED": "green", "FAILED": "bold red", 
 
 def follow_job(record: JobRecord, *, as_json: bool = False) -> int:
     """Shows a job until it ends. Returns the exit code: 0 completed, 1 not, 130 left by Ctrl-C (the job goes on)."""
-    reader, watch = StatusReader(record), JobWatch(record)
     try:
-        if as_json:
-            status = _follow_as_json(reader, watch)
-        elif sys.stdout.isatty():
-            status = _follow_on_terminal(reader, watch)
-        else:
-            status = _follow_in_lines(reader, watch)
+        status = watch_job(record, as_json=as_json)
     except KeyboardInterrupt:
         sys.stderr.write(f"\nLeft the view; job {record.job_id} goes on. hpc-gym cancel {record.name} stops it.\n")
         return 130
     return 0 if status.state == "COMPLETED" else 1
+
+
+def watch_job(record: JobRecord, *, as_json: bool = False) -> Status:
+    """Shows a job until it ends; its last status."""
+    reader, watch = StatusReader(record), JobWatch(record)
+    if as_json:
+        return _follow_as_json(reader, watch)
+    if sys.stdout.isatty():
+        return _follow_on_terminal(reader, watch)
+    return _follow_in_lines(reader, watch)
 
 
 def _follow_on_terminal(reader: StatusReader, watch: JobWatch) -> Status:

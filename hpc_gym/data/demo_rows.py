@@ -63,38 +63,35 @@ class Split:
     held_out: tuple[Row, ...]
 
 
-@dataclass(frozen=True)
-class DemoFiles:
-    """The JSONL files of the demo, per environment."""
-
-    train: dict[str, Path]
-    held_out: dict[str, Path]
-
-
 def question(row: Row) -> str:
     """What the row asks the policy."""
     text: str = row["responses_create_params"]["input"][0]["content"]
     return text
 
 
-def split(environment: str, seed: int, held_out: int = HELD_OUT) -> Split:
-    """All rows of that environment in an order drawn from `seed`; the first `held_out` of them are held out."""
+def split(environment: str, seed: int) -> Split:
+    """All rows of that environment in an order drawn from `seed`; the first HELD_OUT of them are held out."""
     # A string seeds `random.Random` by its SHA-512, the same in every process and version (unlike `hash`).
     rng = random.Random(f"hpc-gym demo {environment} {seed}")
     rows = _chain_sum_rows() if environment == CHAIN_SUM else _counter_rows(rng)
     rng.shuffle(rows)
-    return Split(train=tuple(rows[held_out:]), held_out=tuple(rows[:held_out]))
+    return Split(train=tuple(rows[HELD_OUT:]), held_out=tuple(rows[:HELD_OUT]))
 
 
-def write(folder: Path, seed: int, held_out: int = HELD_OUT) -> DemoFiles:
-    """Writes `ENVIRONMENT-train.jsonl` and `ENVIRONMENT-held-out.jsonl` into `folder`, whole or not at all."""
+def write(folder: Path, seed: int) -> None:
+    """Writes `ENVIRONMENT-train.jsonl` and `ENVIRONMENT-held-out.jsonl` into `folder`, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = DemoFiles(train={}, held_out={})
     for environment in ENVIRONMENTS:
-        rows = split(environment, seed, held_out)
-        files.train[environment] = _write_rows(folder / f"{environment}-train.jsonl", rows.train)
-        files.held_out[environment] = _write_rows(folder / f"{environment}-held-out.jsonl", rows.held_out)
-    return files
+        rows = split(environment, seed)
+        write_rows(folder / f"{environment}-train.jsonl", rows.train)
+        write_rows(folder / f"{environment}-held-out.jsonl", rows.held_out)
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Writes a JSONL file of rows in one step."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.replace(path)
 
 
 def _chain_sum_rows() -> list[Row]:
@@ -145,10 +142,3 @@ def _counter_rows(rng: random.Random) -> list[Row]:
 
 def _agent(environment: str) -> dict[str, str]:
     return {"type": "responses_api_agents", "name": f"{environment}_simple_agent"}
-
-
-def _write_rows(path: Path, rows: Sequence[Row]) -> Path:
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    partial.replace(path)
-    return path

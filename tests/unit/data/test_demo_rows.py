@@ -48,10 +48,11 @@ def test_counter_rows_expect_the_sum() -> None:
 
 
 def test_files_hold_the_rows_and_name_their_agents(tmp_path: Path) -> None:
-    files = demo_rows.write(tmp_path / "data", seed=5, held_out=20)
+    demo_rows.write(tmp_path / "data", seed=5)
     for environment in ENVIRONMENTS:
-        held_out = [json.loads(line) for line in files.held_out[environment].read_text().splitlines()]
-        assert tuple(held_out) == demo_rows.split(environment, 5, held_out=20).held_out
-        train = [json.loads(line) for line in files.train[environment].read_text().splitlines()]
-        assert {row["agent_ref"]["name"] for row in train} == {f"{environment}_simple_agent"}
-    assert sorted(path.suffix for path in (tmp_path / "data").iterdir()) == [".jsonl"] * 4
+        expected = demo_rows.split(environment, 5)
+        for name, rows in (("train", expected.train), ("held-out", expected.held_out)):
+            text = (tmp_path / "data" / f"{environment}-{name}.jsonl").read_text()
+            assert tuple(json.loads(line) for line in text.splitlines()) == rows
+            assert {row["agent_ref"]["name"] for row in rows} == {f"{environment}_simple_agent"}
+    assert len(list((tmp_path / "data").iterdir())) == 4
