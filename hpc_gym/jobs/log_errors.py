@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from hpc_gym.jobs.log_files import LogFile
-from hpc_gym.jobs.log_merge import Batch
+from hpc_gym.jobs.log_merge import Round
 from hpc_gym.protocol.log_lines import parse_line
 
 _BEFORE = 3
@@ -94,7 +94,7 @@ def _text(line: bytes) -> bytes:
     return _LOGGED_WITH.sub(b"", _WORKER.sub(b"", text)) if text[:1] in b"(EC" else text
 
 
-def error_blocks(batches: Iterable[Batch]) -> Iterator[Block]:
+def error_blocks(rounds: Iterable[Round]) -> Iterator[Block]:
     """The error blocks of merged log files, in the order in which they end; of repetitions of one error the first."""
     readers: dict[str, _Reader] = {}
     seen: set[bytes] = set()
@@ -105,9 +105,11 @@ def error_blocks(batches: Iterable[Batch]) -> Iterator[Block]:
                 seen.add(kind)
             yield block
 
-    for file, lines in batches:
-        reader = readers.setdefault(file.path, _Reader(file))
-        for line in lines:
-            yield from new(reader.feed(line))
+    for each in rounds:
+        for file, line in each.in_order():
+            if (reader := readers.get(file.path)) is None:
+                reader = readers[file.path] = _Reader(file)
+            if (block := reader.feed(line)) is not None:
+                yield from new(block)
     for reader in readers.values():
         yield from new(reader.end())

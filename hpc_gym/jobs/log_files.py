@@ -67,6 +67,8 @@ def log_files(run_dir: Path, selection: Selection) -> Iterator[LogFile]:
 
 def refuse_unknown(run_dir: Path, selection: Selection) -> None:
     """Raises UserError when a selection cannot match anything of this run, naming what there is."""
+    if selection == Selection():
+        return
     from hpc_gym.plan.plan import Plan
 
     everything = list(log_files(run_dir, Selection()))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hpc_gym.jobs.log_errors import error_blocks
 from hpc_gym.jobs.log_files import LogFile, Selection, attempts, log_files
-from hpc_gym.jobs.log_merge import Batch, follow, merge
+from hpc_gym.jobs.log_merge import Lines, Round, follow, merge
 from hpc_gym.protocol.attempt import Failure, Outcome
 from hpc_gym.protocol.log_lines import STAMP_LENGTH
 
@@ -16,7 +16,7 @@ _TO_MILLISECONDS = 23
 
 
 class Printer:
-    """Turns batches into the bytes to be shown: `ROLE NODE PROCESS TIME TEXT` lines, the time in UTC to milliseconds.
+    """Turns lines into the bytes to be shown: `ROLE NODE PROCESS TIME TEXT`, the time in UTC to milliseconds.
 
     Between attempts stands a line that says so.
     """
@@ -27,20 +27,37 @@ class Printer:
         self._prefixes: dict[str, bytes] = {}
         self._width = 0
 
-    def text(self, batch: Batch) -> bytes:
-        file, lines = batch
-        heading = b""
-        if file.attempt != self._attempt:
-            heading = b"" if self._attempt is None and file.attempt == 1 else b"-- attempt %d --\n" % file.attempt
-            self._attempt = file.attempt
+    def round(self, lines: Round) -> bytes:
+        """The lines of a round in time order."""
+        shown: list[bytes] = []
+        if len({file.attempt for file, _ in lines.parts}) > 1:
+            return b"".join(self.lines((file, [line])) for file, line in lines.in_order())
+        heading = self._heading(lines.parts[0][0])
+        for part in lines.parts:
+            shown += self._shown(part)
+        if len(lines.parts) > 1:
+            shown = [shown[position] for position in lines.order()]
+        return heading + b"".join(shown)
+
+    def lines(self, lines: Lines) -> bytes:
+        """Lines of one file as they come."""
+        return self._heading(lines[0]) + b"".join(self._shown(lines))
+
+    def _heading(self, file: LogFile) -> bytes:
+        if file.attempt == self._attempt:
+            return b""
+        first, self._attempt = self._attempt is None, file.attempt
+        return b"" if first and file.attempt == 1 else b"-- attempt %d --\n" % file.attempt
+
+    def _shown(self, lines: Lines) -> list[bytes]:
+        file, texts = lines
         prefix = self._prefixes.get(file.path) or self._prefix(file)
-        shown = [
+        return [
             prefix + line[:_TO_MILLISECONDS] + line[STAMP_LENGTH:] + b"\n"
             if line[STAMP_LENGTH - 1 : STAMP_LENGTH + 1] == b"Z "
             else prefix + line + b"\n"
-            for line in lines
+            for line in texts
         ]
-        return heading + b"".join(shown)
 
     def _prefix(self, file: LogFile) -> bytes:
         name = f"{file.role} {file.node} {file.process}"
@@ -63,11 +80,11 @@ def logs(
     selection = selection or Selection()
     printer = Printer(color)
     if ended is None:
-        batches: Iterable[Batch] = merge(log_files(run_dir, selection))
+        rounds = merge(log_files(run_dir, selection))
     else:
-        batches = follow(lambda: log_files(run_dir, selection), ended)
-    for batch in batches:
-        yield printer.text(batch)
+        rounds = follow(lambda: log_files(run_dir, selection), ended)
+    for each in rounds:
+        yield printer.round(each)
     if (line := last_line(run_dir)) is not None:
         yield line.encode() + b"\n"
 
@@ -91,7 +108,7 @@ def errors(run_dir: Path, selection: Selection | None = None, color: bool = Fals
             for number, block in enumerate(error_blocks(merge(group))):
                 if first and number == 0:
                     yield f"== attempt {attempt}, {title} ==\n".encode()
-                yield printer.text((block.file, block.lines)) + b"\n"
+                yield printer.lines((block.file, block.lines)) + b"\n"
     if (line := last_line(run_dir)) is not None:
         yield line.encode() + b"\n"
 

@@ -67,7 +67,7 @@ def test_merge_keeps_every_line_in_time_order_whatever_the_chunk(
             end = b"" if torn or not lines else b"\n"
             path.write_bytes(b"\n".join(lines) + end)
             logs_of.append(LogFile(str(path), 1, "train", "train-0", f"rank-{number}"))
-        merged = [(file, line) for file, batch in log_merge.merge(logs_of) for line in batch]
+        merged = [each for lines in log_merge.merge(logs_of) for each in lines.in_order()]
     key = {(f"rank-{number}", line): (latest, number, index) for latest, number, index, line in wanted}
     assert len(merged) == len(wanted)
     places = [key[file.process, line] for file, line in merged]
