@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +14,8 @@ from hpc_gym.rollout.conversation import Conversation
 from hpc_gym.rollout.memo import Memo
 from hpc_gym.rollout.vllm import Rendered, Vllm
 
+MARK_IDS = 6
+"""So many ids of the end of a stand-in's word mark its place. The word is random, so nobody else writes it."""
 RENDERINGS = 4096
 """Renderings that are remembered: the prompts of a few steps, and what follows their turns."""
 
@@ -29,6 +33,10 @@ class Prompts:
     def __init__(self) -> None:
         self.renderings: Memo[Rendered] = Memo(RENDERINGS)
         self._tails: Memo[tuple[Rendered, list[int]]] = Memo(RENDERINGS)
+        word = "".join(secrets.choice(string.ascii_lowercase) for _ in range(24))
+        self._words = (f"{word}a", f"{word}b")
+        self._marks: dict[bool, list[int]] = {}
+        self._closings: Memo[list[int]] = Memo(64)
 
     async def first(self, vllm: Vllm, request: Mapping[str, Any], timeout_s: float) -> Rendered:
         """The rendered conversation."""
@@ -52,13 +60,24 @@ class Prompts:
         rendered, rest = await self._behind(vllm, request, first, end, not has_calls, timeout_s)
         tail = None
         if stop_id is not None and stop_id in rest:
-            ending = {**request, "messages": [*messages[:end]], "add_generation_prompt": False}
-            _, closing = await self._behind(vllm, ending, first, end, not has_calls, timeout_s)
+            closing = await self._closing(vllm, request, first, end, not has_calls, timeout_s)
             tail = splice.after_turn(rest, closing, stop_id)
         if tail is None and has_calls:
             # Behind tool calls the rest begins with their own syntax, and no token shows where it ends.
             rendered, rest = await self._behind(vllm, request, first, end, True, timeout_s)
         return msgspec.structs.replace(rendered, token_ids=conversation.tokens + (rest if tail is None else tail))
+
+    async def _closing(
+        self, vllm: Vllm, request: Mapping[str, Any], first: int, end: int, text_only: bool, timeout_s: float
+    ) -> list[int]:
+        """What the template puts behind a turn with which the conversation ends: the same for every conversation."""
+        ending = {**request, "messages": [*request["messages"][:end]], "add_generation_prompt": False}
+
+        async def find() -> list[int]:
+            _, closing = await self._behind(vllm, ending, first, end, text_only, timeout_s)
+            return closing
+
+        return await self._closings.get((text_only, encode(request.get("chat_template_kwargs") or {})), find)
 
     async def _behind(
         self, vllm: Vllm, request: Mapping[str, Any], first: int, end: int, text_only: bool, timeout_s: float
@@ -68,12 +87,17 @@ class Prompts:
             encode(
                 {**request, "messages": chat.with_stand_in(request["messages"], first, end, word, text_only=text_only)}
             )
-            for word in ("a", "b")
+            for word in self._words
         )
 
-        async def render_both() -> tuple[Rendered, list[int]]:
+        async def find() -> tuple[Rendered, list[int]]:
             one = await vllm.render(data, timeout_s)
-            two = await vllm.render(other, timeout_s)
-            return one, splice.behind(one.token_ids, two.token_ids)
+            rest = splice.behind_mark(one.token_ids, self._marks.get(text_only, []))
+            if rest is None:
+                two = await vllm.render(other, timeout_s)
+                rest = splice.behind(one.token_ids, two.token_ids)
+                place = len(one.token_ids) - len(rest)
+                self._marks[text_only] = one.token_ids[max(0, place - MARK_IDS) : place]
+            return one, rest
 
-        return await self._tails.get(data, render_both)
+        return await self._tails.get(data, find)

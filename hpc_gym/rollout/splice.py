@@ -12,6 +12,7 @@ or Unicode that does not survive a round trip.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 
@@ -39,6 +40,22 @@ def behind(first: Sequence[int], second: Sequence[int]) -> list[int]:
     if len(suffix) == min(len(first), len(second)):
         raise SpliceError("the chat template renders an assistant message without its contents")
     return suffix
+
+
+def behind_mark(rendering: Sequence[int], mark: Sequence[int]) -> list[int] | None:
+    """What follows the ids `mark` in a rendering; None unless they occur in it exactly once.
+
+    Once two stand-ins were compared, the ids that the first one ends with mark the place in every later rendering.
+    """
+    text, wanted = array("i", rendering), array("i", mark).tobytes()
+    data = text.tobytes()
+    places = []
+    place = data.find(wanted)
+    while place >= 0:
+        if place % text.itemsize == 0:
+            places.append(place // text.itemsize)
+        place = data.find(wanted, place + 1)
+    return list(rendering[places[0] + len(mark) :]) if len(places) == 1 and mark else None
 
 
 def after_turn(rest: Sequence[int], closing: Sequence[int], stop_id: int | None) -> list[int] | None:

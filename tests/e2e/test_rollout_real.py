@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import psutil
 import pytest
-from rollout_node import ENVIRONMENTS, MAX_MODEL_LEN, RolloutNode, example_rows, rollout_node, until
+from rollout_node import MAX_MODEL_LEN, RolloutNode, example_rows, rollout_node, until
 from starlette.requests import Request
 
 from hpc_gym.protocol.client import RolloutClient, RolloutServerError
@@ -105,7 +105,8 @@ def rendered_again(node: RolloutNode, chat: dict[str, Any]) -> list[int]:
 def test_every_rollout_is_contiguous_and_without_the_splice_none_would_be(
     node: RolloutNode, client: RolloutClient
 ) -> None:
-    requests = requests_for(list(ENVIRONMENTS), each=2)
+    requests = requests_for(["workplace_assistant"], each=6, tokens=256)
+    requests += requests_for(["reasoning_gym", "mcqa"], each=2)
     trajectories = client.run(requests)
     assert [trajectory.index for trajectory in trajectories] == list(range(len(requests)))
     for request, trajectory in zip(requests, trajectories, strict=True):

@@ -156,7 +156,35 @@ def test_rollouts_that_differ_in_the_policys_words_only_share_renderings() -> No
             await prompts.following(vllm, request, talk, 2, 1)  # type: ignore[arg-type]
         return vllm.calls
 
-    assert asyncio.run(render_siblings()) == 5
+    assert asyncio.run(render_siblings()) == 4
+
+
+def test_a_turn_costs_one_rendering_once_the_template_is_known() -> None:
+    async def talk_on() -> list[int]:
+        vllm, prompts, talk = LocalVllm(TEMPLATES[0]), Prompts(), conversation()
+        messages: list[dict[str, Any]] = [{"role": "user", "content": "x"}]
+        prompt = (await prompts.first(vllm, {"messages": messages}, 1)).token_ids  # type: ignore[arg-type]
+        talk.first_messages = 1
+        calls = []
+        for number in range(4):
+            take_turn(talk, prompt, [tokenizer().token_to_id("<|end|>")], True)
+            messages += [{"role": "assistant", "content": "a"}, {"role": "user", "content": str(number)}]
+            end, before = len(messages) - 1, vllm.calls
+            request = {"messages": messages}
+            prompt = (await prompts.following(vllm, request, talk, end, 1)).token_ids  # type: ignore[arg-type]
+            assert decode(prompt).endswith(f"<|start|>user\n{number}<|end|>\n<|start|>assistant\n")
+            calls.append(vllm.calls - before)
+        return calls
+
+    assert asyncio.run(talk_on()) == [3, 1, 1, 1]
+
+
+@given(st.lists(st.integers(0, 2), max_size=12), st.lists(st.integers(0, 2), min_size=1, max_size=3))
+def test_a_mark_is_found_when_it_is_the_only_one(rendering: list[int], mark: list[int]) -> None:
+    size = len(mark)
+    places = [at for at in range(len(rendering) - size + 1) if rendering[at : at + size] == mark]
+    expected = rendering[places[0] + size :] if len(places) == 1 else None
+    assert splice.behind_mark(rendering, mark) == expected
 
 
 @given(st.lists(st.integers(0, 3)), st.lists(st.integers(0, 3)))
