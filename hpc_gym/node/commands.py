@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 from hpc_gym.node import tree
 from hpc_gym.node.context import NodeContext
+from hpc_gym.node.engines import Place, entered
 from hpc_gym.node.environment import process_environment
 from hpc_gym.node.placeholders import Values
 from hpc_gym.node.process import Command
-from hpc_gym.plan.plan import Process, Runtime
+from hpc_gym.plan.plan import Process
 
 
 def command(context: NodeContext, spec: Process, values: Values) -> Command:
@@ -37,11 +39,22 @@ def command(context: NodeContext, spec: Process, values: Values) -> Command:
     environment = process_environment(context.plan, os.environ, context.secrets.env, own)
     argv = tuple(values.fill(text, python) for text in spec.argv)
     if runtime is not None:
-        argv, environment = _in_runtime(runtime, argv, environment)
+        argv, environment = entered(runtime, argv, environment, _place(context))
     return Command(argv, environment, tuple(values.fds[name] for name in spec.listen))
 
 
-def _in_runtime(runtime: Runtime, argv: tuple[str, ...], env: dict[str, str]) -> tuple[tuple[str, ...], dict[str, str]]:
-    folder = Path(runtime.root) / "bin"
-    program = argv[0] if "/" in argv[0] or not (folder / argv[0]).exists() else str(folder / argv[0])
-    return (program, *argv[1:]), {**env, "VIRTUAL_ENV": runtime.root, "PATH": f"{folder}{os.pathsep}{env['PATH']}"}
+def _place(context: NodeContext) -> Place:
+    plan = context.plan
+    training = plan.training
+    files = [source.path for source in (*training.sources, *training.evaluation.sources)]
+    files += [path for environment in plan.environments for path in environment.config_paths]
+    files += [training.model]
+    folders = [str(context.private_dir), os.environ.get("HF_HOME", ""), *(str(Path(file).parent) for file in files)]
+    visible = [each for each in dict.fromkeys(folders) if each.startswith("/") and Path(each).exists()]
+    return Place(
+        host=socket.gethostname(),
+        component=context.node.component,
+        heterogeneous=len(plan.launch.components) > 1,
+        run_dir=str(context.run_dir),
+        visible=visible,
+    )

@@ -126,6 +126,13 @@ class Runtime:
     options: tuple[str, ...] = ()
     """Extra arguments of the container engine."""
 
+    @property
+    def folder(self) -> str:
+        """Its folder as its own programs see it; an image has it where `containers/` put it."""
+        if self.kind in ("venv", "modules"):
+            return self.root
+        return f"/opt/hpc-gym/{self.name.partition('-')[0]}"
+
 
 @dataclass(frozen=True)
 class Environment:

@@ -157,7 +157,7 @@ def _nodes(
     """Rollout nodes first: the coordinator is on a node that no checkpoint is written from."""
     paths = list(dict.fromkeys(path for each in served.values() for path in each.config_paths))
     config = [environment.config for environment in experiment.environments.values()]
-    text = node_config(config, f"{runtimes[names.gym].root}/servers", MODEL_NAME)
+    text = node_config(config, f"{runtimes[names.gym].folder}/servers", MODEL_NAME)
     rollout = experiment.nodes.rollout
     separate = len(launch(experiment).components) > 1
     nodes = [
