@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from hpc_gym.data.rows import Rows
 from hpc_gym.plan.plan import Evaluation, Plan
 from hpc_gym.protocol.messages import RolloutRequest
 from hpc_gym.protocol.trajectory import Outcome, Trajectory
 from hpc_gym.training.metrics import Recorder
-from hpc_gym.training.ranks import Ranks
 from hpc_gym.training.rollouts import RolloutRunner, request_sampling
+
+if TYPE_CHECKING:  # it imports torch, which this module does not need
+    from hpc_gym.training.ranks import Ranks
 
 
 class Evaluator:
@@ -75,7 +78,7 @@ def row_rewards(settings: Evaluation, trajectories: Sequence[Trajectory]) -> dic
 
 def _requests(settings: Evaluation) -> list[RolloutRequest]:
     sampling = request_sampling(settings.sampling)
-    requests = []
+    requests: list[RolloutRequest] = []
     for source in settings.sources:
         rows = Rows(source.path)
         for number in range(source.rows):

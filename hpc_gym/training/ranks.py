@@ -27,8 +27,8 @@ class Ranks:
     """
 
     def __init__(self, timeout_s: float = 6 * 3600.0) -> None:
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
+        self.rank: int = dist.get_rank()
+        self.world_size: int = dist.get_world_size()
         self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     @property
@@ -79,7 +79,7 @@ def start_distributed(timeout_s: float) -> bool:
     compile for 40 s. It must be initialised before TRL's configuration is built, because `use_cpu` makes transformers
     skip that, and ZeRO-3 then counts one rank too few.
     """
-    on_gpu = torch.cuda.is_available()
+    on_gpu: bool = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:

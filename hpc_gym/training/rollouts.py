@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpc_gym.data.draw import Mixture
 from hpc_gym.data.rows import Rows
@@ -17,8 +17,10 @@ from hpc_gym.protocol.messages import RolloutRequest, Sampling
 from hpc_gym.protocol.notify import notify
 from hpc_gym.protocol.trajectory import Outcome, Trajectory
 from hpc_gym.training.alive import saying_alive
-from hpc_gym.training.ranks import Ranks
 from hpc_gym.training.stopping import StopRequested, StopSignal
+
+if TYPE_CHECKING:  # it imports torch, which this module does not need
+    from hpc_gym.training.ranks import Ranks
 
 STALE = "weights_stale"
 """How the reason begins of a rollout that found no replica with the current weights: one was restarted."""
@@ -181,7 +183,7 @@ class RolloutFunction:
         return RolloutStatistics(int(rollouts), int(failed), int(truncated), int(tokens), int(turns), longest)
 
 
-def columns(trajectories: Sequence[Trajectory], environments: Sequence[str], padding_id: int) -> Mapping[str, Any]:
+def columns(trajectories: Sequence[Trajectory], environments: Sequence[str], padding_id: int) -> dict[str, Any]:
     """Trajectories as the columns TRL's `rollout_func` returns, and two more that reach the reward functions.
 
     A failed rollout has no tokens worth training on and no reward. TRL needs at least one completion token in every

@@ -23,7 +23,7 @@ from hpc_gym.training.rewards import environment_reward
 from hpc_gym.training.rollouts import RolloutFunction, RolloutRunner, TrainingRows
 from hpc_gym.training.settings import grpo_arguments
 from hpc_gym.training.stopping import StopRequested, StopSignal
-from hpc_gym.training.trainer import PolicyTrainer, StepCallback, quiet_trl
+from hpc_gym.training.trainer import PolicyTrainer, StepCallback, quiet_libraries
 from hpc_gym.weights.sender import WeightSender
 
 WAIT_FOR_SERVERS_S = 3600.0
@@ -69,7 +69,7 @@ class TrainingRun:
             environments,
         )
         notify(STATUS="loading the model")
-        quiet_trl()
+        quiet_libraries()
         self._trainer = PolicyTrainer(
             training.model,
             [environment_reward(environment) for environment in environments],

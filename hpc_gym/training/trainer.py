@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
+from transformers.utils import logging as transformers_logging
 from trl import GRPOTrainer
 
 from hpc_gym.protocol.notify import notify
@@ -20,7 +22,7 @@ from hpc_gym.training.metrics import Recorder
 from hpc_gym.training.policy import PolicyWeights
 from hpc_gym.training.ranks import Ranks
 from hpc_gym.training.rollouts import RolloutFunction
-from hpc_gym.training.stopping import StopRequested, StopSignal
+from hpc_gym.training.stopping import StopSignal
 
 # TRL's names of what a reader of metrics.jsonl wants, and ours.
 _RENAMED = {
@@ -69,6 +71,7 @@ class PolicyTrainer(GRPOTrainer):
         **keywords: Any,
     ) -> None:
         super().__init__(*arguments, **keywords)
+        self.remove_callback(PrinterCallback)  # StepCallback says it, in one line
         self.pad_token_id: int = self._tokenizer.pad_token_id
         self.policy_difference = PolicyDifference(0.0, 0.0, 0)
         self._ranks = ranks
@@ -127,6 +130,9 @@ class PolicyTrainer(GRPOTrainer):
             )
         if difference.unknown:
             raise OffPolicy(f"step {step}: vLLM gave no log-probability for {difference.unknown} tokens")
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """TRL writes a page for the hub beside the checkpoints; nothing here goes there."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
@@ -242,11 +248,13 @@ class StepCallback(TrainerCallback):
         }
 
 
-def quiet_trl() -> None:
-    """TRL warns of every row without a reward, printing the whole row; failed rollouts are said in one line by us."""
+def quiet_libraries() -> None:
+    """Leaves in the log what a reader of it needs: no progress bars, no warning per row.
+
+    TRL warns of every row without a reward, printing the whole row; a failed rollout is said in one line by us.
+    """
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
     logging.getLogger("trl.trainer.grpo_trainer").addFilter(
         lambda record: "All reward functions returned None" not in record.getMessage()
     )
-
-
-__all__ = ["OffPolicy", "PolicyDifference", "PolicyTrainer", "StepCallback", "StopRequested", "quiet_trl"]

@@ -6,6 +6,7 @@ the buckets from the same list of tensors, so nothing but bytes crosses the wire
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -39,7 +40,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
+        return int(self.dtype.itemsize) * math.prod(self.shape)
 
     @property
     def padded_nbytes(self) -> int:
