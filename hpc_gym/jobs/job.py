@@ -16,6 +16,7 @@ from hpc_gym.jobs.cancellation import cancel
 from hpc_gym.jobs.log_files import Selection, refuse_unknown
 from hpc_gym.jobs.logs import errors, logs
 from hpc_gym.jobs.records import JobRecord
+from hpc_gym.jobs.script_log import script_log, without_outcome
 from hpc_gym.jobs.state import JobWatch, has_ended, last_outcome
 
 if TYPE_CHECKING:
@@ -107,16 +108,9 @@ class HpcgymJob(Job[dict[str, Any]]):
         if state == "COMPLETED":
             return None
         outcome = last_outcome(self.run_dir)
-        told = outcome.sentence() if outcome else self._without_outcome(state)
+        told = outcome.sentence() if outcome else without_outcome(self.record, state)
         kind = FailedJobError if state == "FAILED" else UncompletedJobError
         return kind(f"job {self.job_id} ({self.run_dir}): {told}")
-
-    def _without_outcome(self, state: str) -> str:
-        """What can be said of a job that ended before an attempt could say how."""
-        text = self.stdout() or ""
-        lines = [line for line in text.splitlines() if line.strip()]
-        told = f"; its script's last words: {' / '.join(lines[-3:])}" if lines else ""
-        return f"{state} without an outcome{told} (log: {self.paths.stdout})"
 
     def cancel(self, check: bool = True) -> None:
         """Stops the job in good order; with `check`, waits until nothing of it is left. Raises UserError otherwise."""
@@ -127,9 +121,8 @@ class HpcgymJob(Job[dict[str, Any]]):
 
     def stdout(self) -> str | None:
         """What the job script wrote, which ends with how the job ended; None before it began."""
-        name = "batch.out" if self.record.kind == "slurm" else "0_log.out"
         try:
-            return (self.run_dir / "submitit" / f"{self.job_id}_{name}").read_text(errors="replace")
+            return script_log(self.record).read_text(errors="replace")
         except FileNotFoundError:
             return None
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from hpc_gym.jobs.log_errors import error_blocks
 from hpc_gym.jobs.log_files import LogFile, Selection, attempts, log_files
 from hpc_gym.jobs.log_merge import Lines, Round, follow, merge
+from hpc_gym.jobs.records import JobRecord
+from hpc_gym.jobs.script_log import script_log
 from hpc_gym.protocol.attempt import Failure, Outcome
 from hpc_gym.protocol.log_lines import STAMP_LENGTH
 
@@ -85,8 +87,7 @@ def logs(
         rounds = follow(lambda: log_files(run_dir, selection), ended)
     for each in rounds:
         yield printer.round(each)
-    if (line := last_line(run_dir)) is not None:
-        yield line.encode() + b"\n"
+    yield from _end(run_dir)
 
 
 def errors(run_dir: Path, selection: Selection | None = None, color: bool = False) -> Iterator[bytes]:
@@ -109,8 +110,19 @@ def errors(run_dir: Path, selection: Selection | None = None, color: bool = Fals
                 if first and number == 0:
                     yield f"== attempt {attempt}, {title} ==\n".encode()
                 yield printer.lines((block.file, block.lines)) + b"\n"
+    yield from _end(run_dir)
+
+
+def _end(run_dir: Path) -> Iterator[bytes]:
+    """How the last attempt ended; where none has said so, what the job script wrote."""
     if (line := last_line(run_dir)) is not None:
         yield line.encode() + b"\n"
+        return
+    try:
+        text = script_log(JobRecord.read(run_dir)).read_bytes()
+    except (OSError, ValueError):
+        return
+    yield b"".join(b"job script: " + each + b"\n" for each in text.splitlines() if each.strip())
 
 
 def _is_of(file: LogFile, failure: Failure) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 
 from hpc_gym.jobs.progress import AttemptProgress
 from hpc_gym.jobs.records import JobRecord
+from hpc_gym.jobs.script_log import without_outcome
 from hpc_gym.jobs.stages import Stage, stages_of
 from hpc_gym.jobs.state import has_ended, job_state
 from hpc_gym.plan.plan import Plan
@@ -61,7 +62,7 @@ class Status:
     notes: tuple[str, ...]
     """What a person should know: restarts, hung processes, lost nodes; the latest last."""
     outcome: str | None
-    """How the last attempt ended, in one sentence with the first cause; None while it runs."""
+    """How the last attempt, or the job without one, ended: one sentence with the first cause. None while it runs."""
 
 
 @dataclass
@@ -114,6 +115,7 @@ class StatusReader:
         self.evaluations.extend(self._evaluations.new())
         progress, record = self._progress, self.record
         outcome = Outcome.read(self._run_dir / "attempts" / str(progress.attempt)) if progress.attempt else None
+        ended_without = without_outcome(record, state) if has_ended(state) and state != "COMPLETED" else None
         now = self._last_moment() if has_ended(state) else time.time()
         last: dict[str, Any] = self.steps[-1] if self.steps else {}
         max_steps = int(self._plan.training.grpo.get("max_steps", 0))
@@ -140,7 +142,7 @@ class StatusReader:
             else pace.step_s * (max_steps - int(last.get("step", 0))),
             checkpoint=_newest_checkpoint(self._run_dir),
             notes=tuple(progress.notes),
-            outcome=outcome.sentence() if outcome else None,
+            outcome=outcome.sentence() if outcome else ended_without,
         )
 
     def _read_events(self) -> None:

@@ -22,7 +22,7 @@ from hpc_gym.jobs.job import HpcgymJob
 from hpc_gym.jobs.rendering import render
 from hpc_gym.jobs.request import Request
 from hpc_gym.jobs.submit import submit_prepared
-from hpc_gym.plan.plan import Plan, Process
+from hpc_gym.plan.plan import Launch, Plan, Process
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(90)]
 
@@ -128,11 +128,12 @@ def test_exception_names_the_first_cause(tmp_path: Path, submitted: list[HpcgymJ
 
 
 def test_job_script_that_cannot_begin_is_a_failure_with_its_words(tmp_path: Path, submitted: list[HpcgymJob]) -> None:
-    wanted = plan(tmp_path / "runs" / "unstarted", train=training())
-    launch = type(wanted.launch)(kind="local", setup=("echo no such module >&2", "false"))
+    launch = Launch(kind="local", setup=("echo no such module >&2", "false"))
     job = submit(submitted, plan(tmp_path / "runs" / "unstarted", train=training(), launch=launch))
     assert "no such module" in str(job.exception())
     assert job.state == "FAILED"
+    assert "no such module" in (job.status().outcome or "")
+    assert list(job.logs()) == ["job script: no such module"]
 
 
 def test_cancel_stops_everything_even_what_ignores_it(tmp_path: Path, submitted: list[HpcgymJob]) -> None:
