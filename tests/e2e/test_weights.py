@@ -52,7 +52,9 @@ def test_an_error_of_vllm_reaches_the_sender_instead_of_hanging_it(scenarios: di
 
 
 def test_a_tied_lm_head_keeps_old_weights_unless_it_is_repacked(scenarios: dict[str, Any]) -> None:
-    """vLLM's own reload leaves the prepacked copy of a tied LM head as it was; an untied head gets weights of its own."""
+    """vLLM's own reload leaves the prepacked copy of a tied LM head as it was; an untied head gets weights of its
+    own.
+    """
     stale = scenarios["without repacking"]["logp_diff"]
     assert stale > OTHER if scenarios["kind"] == "tied" else stale < SAME
     assert scenarios["with repacking again"]["logp_diff"] < SAME
