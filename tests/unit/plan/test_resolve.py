@@ -204,7 +204,7 @@ def test_variables_of_the_profile_win_for_their_role_only(project: Project) -> N
     plan = project.plan(more=more)
     assert plan.env["A"] == "all"
     assert processes(plan)["rank-0"].env["OMP_NUM_THREADS"] == "7"
-    assert "OMP_NUM_THREADS" not in processes(plan)["vllm-0"].env
+    assert processes(plan)["vllm-0"].env["OMP_NUM_THREADS"] == "1"
 
 
 def test_no_secret_is_in_a_plan(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
