@@ -23,10 +23,11 @@ def index_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def torch_arguments(torch: str) -> list[str]:
-    """uv's arguments for the source of PyTorch.
+    """uv's arguments for the source of PyTorch. `torch`: the build that the runtime needs ("cpu"), or "".
 
-    A build of its own (`torch`, "cpu") is looked for in `$PIP_FIND_LINKS` first, as pip does. PyTorch's public index (`--torch-backend`) is asked where none of its
-    folders holds a torch wheel: uv would ask it even for a wheel that is at hand, and many clusters cannot reach it.
+    A build of its own is looked for in `$PIP_FIND_LINKS` first, as pip does. PyTorch's public index (`--torch-backend`)
+    is asked only where none of those folders holds a torch wheel: uv would ask it even for a wheel that is at hand, and
+    many clusters cannot reach it.
     """
     if not torch:
         # From the ordinary index: a CPU wheel in $PIP_FIND_LINKS must not come in the place of the CUDA build.

@@ -117,7 +117,9 @@ class Builder:
             while (status := _wait(process, 0.2)) is None:
                 if self.cancelled.is_set():
                     process.terminate()
-                    process.wait()
+                    if _wait(process, 5.0) is None:
+                        process.kill()
+                        process.wait()
                     raise Cancelled
                 if watch:
                     watch(_text_from(self.log, start))
@@ -180,7 +182,7 @@ def link_servers(root: Path) -> None:
 
 def _add_metadata(packages: Path, name: str, version: str) -> None:
     """Metadata of a distribution `name` with nothing else in it, for programs that ask for their own version."""
-    folder = packages / f"{name}-{version}.dist-info"
+    folder = packages / f"{name.replace('-', '_')}-{version}.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     (folder / "INSTALLER").write_text("hpc-gym\n")
