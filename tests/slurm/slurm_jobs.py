@@ -3,43 +3,27 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import job_plans
 import pytest
 from cluster import Cluster
+from job_plans import service, task
 
 from hpc_gym.jobs.job import HpcgymJob
 from hpc_gym.jobs.submission import Request, submit_request
-from hpc_gym.plan.plan import Evaluation, Launch, Node, Plan, Process, RolloutSettings, Sampling, Supervision, Training
+from hpc_gym.plan.plan import Launch, Plan, Process, Runtime
 
-SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_output_tokens=8)
-TRAINING = Training(
-    method="grpo", model="none", grpo={}, deepspeed={}, prompts_per_step=1, world_size=2, max_staleness=0, sources=(),
-    sampling=SAMPLING, evaluation=Evaluation((), False, False, 0, SAMPLING, 1), weight_transfer="gloo", wandb=None,
-    checkpoint_every=0, checkpoints_kept=1, on_policy_tolerance=0.0,
-)  # fmt: skip
-SUPERVISION = Supervision(time_limit_margin_s=30.0, checkpoint_grace_s=5.0)
+__all__ = ["FOREVER", "SlurmJob", "service", "submit", "task"]
 
 FOREVER = "import time; print('here', flush=True); time.sleep(600)"
-STOPS_AT_A_CHECKPOINT = """
-import signal, sys, time
-signal.signal(signal.SIGUSR2, lambda *_: sys.exit(85))
-print('here', flush=True)
-while True: time.sleep(0.1)
-"""
 
 
-def task(name: str, code: str, **fields: Any) -> Process:
-    return Process(name=name, role="train", kind="task", runtime="base", argv=("{python}", "-c", code), **fields)
-
-
-def service(name: str, code: str, **fields: Any) -> Process:
-    return Process(name=name, role="rollout", kind="service", runtime="base", argv=("{python}", "-c", code), **fields)
+SUPERVISION = {"time_limit_margin_s": 30.0, "node_silent_s": 10.0}
 
 
 @dataclass
@@ -48,7 +32,6 @@ class SlurmJob:
 
     job: HpcgymJob
     cluster: Cluster
-    submitted: float
 
     @property
     def id(self) -> str:
@@ -127,28 +110,24 @@ def submit(slurm_cluster: Cluster, shared: Path) -> Iterator[Callable[..., Slurm
         components: tuple[Mapping[str, Any], ...] = (),
         options: Mapping[str, Any] | None = None,
         secrets: tuple[str, ...] = (),
+        runtime: Runtime | None = None,
+        setup: tuple[str, ...] = (),
         **supervision: float,
     ) -> SlurmJob:
-        name = f"run-{len(jobs)}"
-        launch = Launch(kind="slurm", options={"time": 5, **(options or {})}, components=components)
-        plan = Plan(
-            name=name, run_dir=str(shared / name), seed=0, python=sys.executable, nodes=_nodes(nodes, bool(components)),
-            runtimes={}, environments=(), rollout=RolloutSettings("policy", 64, 1, 1), training=TRAINING, launch=launch,
-            supervision=replace(SUPERVISION, **supervision), secrets=secrets,
-        )  # fmt: skip
-        jobs.append(SlurmJob(_submitted(plan), slurm_cluster, time.time()))
+        rollout, train = (nodes[0], nodes[1:]) if nodes[0][0].role == "rollout" else ((), nodes)
+        launch = Launch(kind="slurm", options={"time": 5, **(options or {})}, components=components, setup=setup)
+        plan = job_plans.plan(shared / f"run-{len(jobs)}", rollout, train, launch, secrets=secrets)
+        separate = bool(components)
+        plan = replace(
+            plan,
+            nodes=tuple(replace(node, component=int(separate and node.role == "train")) for node in plan.nodes),
+            runtimes={"base": runtime} if runtime else plan.runtimes,
+            supervision=replace(plan.supervision, **{**SUPERVISION, **supervision}),
+        )
+        jobs.append(SlurmJob(_submitted(plan), slurm_cluster))
         return jobs[-1]
 
     yield make
-
-
-def _nodes(nodes: tuple[list[Process], ...], separate: bool) -> tuple[Node, ...]:
-    made: list[Node] = []
-    for rank, processes in enumerate(nodes):
-        role = processes[0].role
-        index = sum(each.role == role for each in made)
-        made.append(Node(rank, role, index, int(separate and role == "train"), tuple(processes)))
-    return tuple(made)
 
 
 def _submitted(plan: Plan) -> HpcgymJob:
