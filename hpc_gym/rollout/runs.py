@@ -199,5 +199,5 @@ class Rollouts:
             raise Failed(f"agent_unreachable: {error!r}") from error
         if answer.status != 200:
             code = "agent_error" if answer.status >= 500 else "row_refused"
-            raise Failed(f"{code}: the agent answered {answer.status}: {text[:500].decode(errors='replace')}")
+            raise Failed(f"{code}: the agent answered {answer.status}: {text[:300].decode(errors='replace')}")
         return text

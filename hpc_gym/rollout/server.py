@@ -253,30 +253,34 @@ async def serve(server: RolloutServer, token: str, public: socket.socket, loopba
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Reads the Plan, then serves until it is told to stop."""
+    """Reads the Plan, then serves until it is told to stop; tells the supervisor why where it cannot."""
     arguments = parse(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    try:
+        uvloop.run(_run(arguments))
+    except Exception as error:
+        notify(X_FAILURE=f"the rollout server failed: {error}")
+        raise
+
+
+async def _run(arguments: Arguments) -> None:
     plan = Plan.read(arguments.run_dir)
     token = read_secrets(arguments.secrets).token
     public = socket.socket(fileno=arguments.fd)
-    loopback = socket.create_server(("127.0.0.1", arguments.policy_port), backlog=4096, reuse_port=False)
+    loopback = socket.create_server(("127.0.0.1", arguments.policy_port), backlog=4096)
     host, port = public.getsockname()[:2]
     log.info("rollout server of %s, pid %d, on %s:%d", arguments.node, os.getpid(), host, port)
     settings = plan.rollout
-    policy = PolicyEndpoint(settings.model_name, settings.max_model_len)
-
-    async def run() -> None:
-        server = RolloutServer(
-            plan.environments,
-            policy,
-            arguments.private_dir,
-            settings.replicas,
-            settings.max_concurrent,
-            arguments.gym_port,
-        )
-        await serve(server, token, public, loopback)
-
-    uvloop.run(run())
+    server = RolloutServer(
+        plan.environments,
+        PolicyEndpoint(settings.model_name, settings.max_model_len),
+        arguments.private_dir,
+        settings.replicas,
+        settings.max_concurrent,
+        arguments.gym_port,
+    )
+    await serve(server, token, public, loopback)
 
 
 def _json(value: object) -> Response:

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+from chat_templates import TEMPLATES, LocalVllm, Template, decode, tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +17,6 @@ from hpc_gym.rollout.conversation import Conversation
 from hpc_gym.rollout.prompts import Prompts
 from hpc_gym.rollout.replicas import Replica
 from hpc_gym.rollout.vllm import Choice, Logprobs, TokenLogprob, Vllm, WeightSpan
-from templates import TEMPLATES, LocalVllm, Template, decode, tokenizer
 
 MARK = "SENTINEL"
 texts = st.one_of(
