@@ -174,7 +174,9 @@ def view(status: Status) -> RenderableType:
         took = Text("" if stage.seconds is None else duration(stage.seconds), style="dim")
         table.add_row(shown, Text(stage.name, style=style), took, Text(stage.detail))
         if stage.name == "training" and status.step and stage.state in ("running", "failed", "done"):
-            table.add_row("", "", "", _progress(status))
+            bar = ProgressBar(total=max(1, status.max_steps), completed=status.step, width=40)
+            table.add_row("", "", "", bar)
+            table.add_row("", "", "", _pace(status))
     parts: list[RenderableType] = [head, table]
     parts += [Text(f"! {note}", style="yellow") for note in status.notes]
     if status.outcome:
@@ -183,14 +185,13 @@ def view(status: Status) -> RenderableType:
     return Group(*parts)
 
 
-def _progress(status: Status) -> RenderableType:
+def _pace(status: Status) -> Text:
     words = Text("  ".join(_training_words(status)))
     if status.waiting_share is not None:
         words.append(f"  {status.waiting_share:.0%} waiting for rollouts", style="dim")
     if status.checkpoint is not None:
         words.append(f"  checkpoint {status.checkpoint}", style="dim")
-    bar = ProgressBar(total=max(1, status.max_steps), completed=status.step, width=40)
-    return Group(bar, words)
+    return words
 
 
 def duration(seconds: float) -> str:

@@ -44,9 +44,10 @@ def stages_of(
         *_services(plan, progress, now),
         *_training(plan, progress, last_step, evaluations, Path(record.run_dir), now),
     ]
-    if has_ended(state) and state != "COMPLETED":
-        # What was under way when it ended did not get done.
-        stages = [replace(each, state="failed") if each.state == "running" else each for each in stages]
+    if has_ended(state):
+        # What was under way when a job failed did not get done.
+        end: StageState = "done" if state == "COMPLETED" else "failed"
+        stages = [replace(each, state=end) if each.state == "running" else each for each in stages]
     return tuple(stages)
 
 
