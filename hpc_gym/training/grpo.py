@@ -56,6 +56,10 @@ def _run(plan: Plan, stop: StopSignal) -> int:
     }.items():
         os.environ.setdefault(name, value)
     notify(STATUS="importing torch and TRL")
+    first = os.environ["RANK"] == "0"
+    # transformers and TRL import what they find; on two cores that is a second each, per rank, that vLLM could use.
+    for name in ("peft",) if first and plan.training.wandb else ("peft", "wandb"):
+        sys.modules[name] = None  # type: ignore[assignment]
     from hpc_gym.training.run import TrainingRun
 
     with connect() as client:

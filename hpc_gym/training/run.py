@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,10 @@ class TrainingRun:
 
     def execute(self, export: Path) -> int:
         """Trains to the end, evaluates and exports. Returns 0; raises StopRequested after a checkpoint was written."""
-        with self._stop.interruptible():
+        with suppress(StopRequested), self._stop.interruptible():
             self._client.wait_ready(WAIT_FOR_SERVERS_S, lambda status: notify(WATCHDOG=1, STATUS=f"waiting: {status}"))
+        if self._ranks.any(self._stop.requested):
+            raise StopRequested
         notify(READY=1, STATUS="training")
         trainer = self._trainer
         try:
