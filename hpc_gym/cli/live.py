@@ -188,7 +188,7 @@ def view(status: Status) -> RenderableType:
 def _pace(status: Status) -> Text:
     words = Text("  ".join(_training_words(status)))
     if status.waiting_share is not None:
-        words.append(f"  {status.waiting_share:.0%} waiting for rollouts", style="dim")
+        words.append(f"  {status.waiting_share:.0%} waiting", style="dim")
     if status.checkpoint is not None:
         words.append(f"  checkpoint {status.checkpoint}", style="dim")
     return words

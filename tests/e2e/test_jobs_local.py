@@ -26,6 +26,7 @@ from hpc_gym.plan.plan import Launch, Plan, Process
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(90)]
 
+HPC_GYM = [sys.executable, "-m", "hpc_gym.cli.main"]
 FOREVER = "import time\nprint('serving', flush=True)\ntime.sleep(600)"
 STUBBORN = f"import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n{FOREVER}"
 TRAIN = """
@@ -67,6 +68,10 @@ def wait_for_log(job: HpcgymJob, text: str) -> None:
         assert not job.done(), job.stdout()
         assert time.monotonic() < deadline, f"'{text}' never came"
         time.sleep(0.1)
+
+
+def hpc_gym(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*HPC_GYM, *arguments], capture_output=True, text=True, timeout=60, check=False)
 
 
 def state_from_another_process(job: HpcgymJob) -> str:
@@ -139,11 +144,28 @@ def test_job_script_that_cannot_begin_is_a_failure_with_its_words(tmp_path: Path
 def test_cancel_stops_everything_even_what_ignores_it(tmp_path: Path, submitted: list[HpcgymJob]) -> None:
     job = submit(submitted, plan(tmp_path / "runs" / "long", [service("vllm-0", STUBBORN)], training(FOREVER)))
     wait_for_log(job, "serving")
-    job.cancel()
+    cancelled = hpc_gym("cancel", "long")
+    assert cancelled.returncode == 0
+    assert "nothing of it is left on this machine" in cancelled.stdout
     assert job.state == "CANCELLED"
     assert local.processes(job.record) == []
     assert "CANCELLED" in str(job.exception())
     assert list(job.logs())[-1].startswith("CANCELLED")
+
+
+def test_ctrl_c_leaves_the_view_and_the_job_goes_on(tmp_path: Path, submitted: list[HpcgymJob]) -> None:
+    job = submit(submitted, plan(tmp_path / "runs" / "seen", train=training(FOREVER)))
+    wait_for_log(job, "serving")
+    with subprocess.Popen([*HPC_GYM, "status", "--follow"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as view:
+        assert view.stdout is not None
+        assert b"queued" in view.stdout.readline()
+        view.send_signal(signal.SIGINT)
+        _, told = view.communicate(timeout=20)
+    assert view.returncode == 130
+    assert b"goes on" in told
+    assert b"Traceback" not in told
+    assert job.state == "RUNNING"
+    job.cancel()
 
 
 def test_killed_job_script_is_a_failure_seen_from_anywhere(tmp_path: Path, submitted: list[HpcgymJob]) -> None:

@@ -12,15 +12,18 @@ from pathlib import Path
 import pytest
 import submitit
 from job_plans import plan, task
+from small_project import Project, project
 
 import hpc_gym
 from hpc_gym.errors import UserError
-from hpc_gym.jobs import submission
+from hpc_gym.jobs import local, submission
 from hpc_gym.jobs.executor import HpcgymExecutor
 from hpc_gym.jobs.request import Request
 from hpc_gym.jobs.snapshot import snapshot
 from hpc_gym.jobs.submission import submit_request
-from hpc_gym.plan.plan import Launch
+from hpc_gym.plan.plan import Launch, Plan
+
+__all__ = ["project"]
 
 
 def test_submitit_finds_the_executor_and_takes_its_parameters(tmp_path: Path) -> None:
@@ -42,6 +45,30 @@ def test_executor_never_offers_itself_for_functions(tmp_path: Path) -> None:
     executor.update_parameters(hpcgym_experiment="demo")
     with pytest.raises(UserError, match=r"submit hpc_gym\.run"):
         executor.submit(print, "hello")
+
+
+def test_executor_submits_runs_of_an_experiment_as_a_sweep(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    executor = submitit.AutoExecutor(folder=tmp_path / "sweep", cluster="hpcgym")
+    executor.update_parameters(hpcgym_experiment=str(project.write()), hpcgym_overrides=["seed=3"])
+    with pytest.raises(UserError, match="would be called the same"):
+        executor.map_array(hpc_gym.run, ["seed=1", "seed=2"])
+    assert not (tmp_path / "sweep").exists()
+    jobs = executor.map_array(hpc_gym.run, ["name=a", "name=b grpo.max_steps=7"])
+    try:
+        plans = [Plan.read(job.run_dir) for job in jobs]
+        assert [(each.name, each.seed, each.training.grpo["max_steps"]) for each in plans] == [
+            ("a", 3, 10),
+            ("b", 3, 7),
+        ]
+        assert [job.run_dir for job in jobs] == [tmp_path / "sweep" / "a", tmp_path / "sweep" / "b"]
+        assert all(isinstance(job, submitit.Job) and job.num_tasks == 3 for job in jobs)
+        assert jobs[0].submission().args == (str(tmp_path / "sweep" / "a"),)
+    finally:
+        for job in jobs:
+            local.kill(job.record)
 
 
 def test_unknown_experiment_is_refused_and_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
