@@ -15,7 +15,7 @@ from rich.table import Table
 
 from hpc_gym.cli.build_view import Bars, Lines
 from hpc_gym.cli.live import duration
-from hpc_gym.jobs.report import Gain, Report
+from hpc_gym.jobs.report import EDGE_STEPS, Gain, Report
 from hpc_gym.runtimes.install import Event
 
 _MODEL_WORDS = {"tokenizer": "training the tokenizer", "train": "warm start", "saved": "ready"}
@@ -84,9 +84,13 @@ class _Bars:
 def print_report(report: Report, curve: Path, prepared: float) -> None:
     """The report as a person reads it. `prepared`: seconds for runtimes and model."""
     console = Console(highlight=False)
-    table = Table(box=SIMPLE_HEAD, title=f"Mean reward over {report.steps} training steps", title_justify="left")
+    title = (
+        f"Mean reward: first → last {EDGE_STEPS} of {report.steps} steps; "
+        "held-out rows before → after, gain with 90 % interval"
+    )
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     table.add_column("environment", no_wrap=True)
-    for name in ("first 5 → last 5\nsteps", "before → after\n(held out)", "gain\n[90 % interval]"):
+    for name in ("training", "held out", "gain"):
         table.add_column(name, no_wrap=True, justify="right")
     for each in report.environments:
         training, held_out = _pair(each.first_steps, each.last_steps), _pair(each.before, each.after)
