@@ -26,10 +26,13 @@ HELP_WITHIN_S = 0.150
 DRY_RUN_WITHIN = 1.4
 
 
-def once(command: list[str], environment: dict[str, str]) -> float:
-    begin = time.perf_counter()
+def once(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
+    """(wall-clock seconds, CPU seconds) of a command."""
+    before, begin = os.times(), time.perf_counter()
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - begin
+    wall, after = time.perf_counter() - begin, os.times()
+    children = after.children_user + after.children_system - before.children_user - before.children_system
+    return wall, children
 
 
 def main() -> None:
@@ -47,7 +50,7 @@ def main() -> None:
         "hpc-gym list": [hpc_gym, "list"],
         "hpc-gym status --help": [hpc_gym, "status", "--help"],
     }
-    times: dict[str, list[float]] = {name: [] for name in commands}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "HPC_GYM_RUNS": folder, "XDG_STATE_HOME": folder}
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -57,15 +60,17 @@ def main() -> None:
         for _ in range(runs):
             for name, command in commands.items():
                 times[name].append(once(command, environment))
-    median = {name: statistics.median(each) for name, each in times.items()}
-    ratios = [median["hpc-gym submit demo --dry-run"] / median[each] for each in (USED_OF_THEM, LIBRARIES)]
-    rows = [
-        f"| `{name}` | {seconds * 1000:.0f} ms | {min(times[name]) * 1000:.0f} ms |" for name, seconds in median.items()
-    ]
-    lines = ["| command | median | fastest |", "|---|---|---|", *rows, ""]
-    lines.append(f"`--help`: {median['hpc-gym --help'] * 1000:.0f} ms (wanted: {HELP_WITHIN_S * 1000:.0f} ms).")
-    lines.append(f"Dry run / bare import of what it uses of its libraries: {ratios[0]:.2f} (wanted: {DRY_RUN_WITHIN});")
-    lines.append(f"without the parts of pydantic that are imported on demand: {ratios[1]:.2f}.")
+    wall = {name: statistics.median(seconds for seconds, _ in each) for name, each in times.items()}
+    cpu = {
+        name: statistics.mean(sorted(seconds for _, seconds in each)[: runs // 2 + 1]) for name, each in times.items()
+    }
+    ratios = [cpu["hpc-gym submit demo --dry-run"] / cpu[each] for each in (USED_OF_THEM, LIBRARIES)]
+    rows = [f"| `{name}` | {wall[name] * 1000:.0f} ms | {cpu[name] * 1000:.0f} ms |" for name in commands]
+    lines = ["| command | median time | CPU time (mean of the lower half) |", "|---|---|---|", *rows, ""]
+    lines.append(f"`--help`: {wall['hpc-gym --help'] * 1000:.0f} ms (wanted: {HELP_WITHIN_S * 1000:.0f} ms).")
+    lines.append("Dry run, in CPU time, which a busy machine does not change:")
+    lines.append(f"{ratios[0]:.2f} x the bare import of what it uses of its libraries (wanted: {DRY_RUN_WITHIN});")
+    lines.append(f"{ratios[1]:.2f} x without the parts of pydantic that are imported on demand.")
     record("Command line", "\n".join(lines))
 
 
