@@ -102,8 +102,6 @@ class WandbRun:
 
         settings = dict(plan.training.wandb or {})
         online = settings.get("mode", "offline") == "online"
-        folder = Path(plan.run_dir) / "wandb"
-        folder.mkdir(exist_ok=True)
         self._run = wandb.init(
             project=settings.get("project"),
             entity=settings.get("entity"),
@@ -114,7 +112,7 @@ class WandbRun:
             mode="online" if online else "offline",
             # wandb 0.31 ignores `resume` offline (wandb_init.py): there the shared id alone joins the attempts.
             resume="allow" if online else None,
-            dir=str(folder),
+            dir=plan.run_dir,  # it makes the folder `wandb` in there
             config=_public_config(plan),
             settings=wandb.Settings(
                 silent=True, console="off", x_disable_stats=True, save_code=False, disable_git=True

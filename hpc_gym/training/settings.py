@@ -32,6 +32,7 @@ def grpo_arguments(
         "top_p": training.sampling.top_p,
         "logging_strategy": "steps",
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # it would show the mean of earlier steps where the loss is no number
         "report_to": "none",
         "disable_tqdm": True,
         "eval_strategy": "no",

@@ -194,7 +194,7 @@ class StepCallback(TrainerCallback):
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         notify(WATCHDOG=1)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not logs or "loss" not in logs:
             return
         if math.isnan(logs["loss"]):
@@ -225,15 +225,14 @@ class StepCallback(TrainerCallback):
             self.trainer.push_weights()
             self._evaluator.run(step, when)
 
-    def _record(self, logs: dict[str, float]) -> dict[str, float]:
-        """A line of metrics.jsonl, see `_RENAMED`; seconds are wall-clock."""
+    def _record(self, logs: dict[str, float | None]) -> dict[str, float]:
+        """A line of metrics.jsonl; seconds are wall-clock. What has no value in this step is left out, as the reward of
+        an environment that no row of it was of.
+        """
         statistics = self._rollouts.statistics
-        record = {ours: float(logs[theirs]) for theirs, ours in _RENAMED.items() if theirs in logs}
-        for environment in self._environments:
-            mean = float(logs.get(f"rewards/{environment}/mean", math.nan))
-            if not math.isnan(mean):
-                record[f"reward/{environment}"] = mean
-        return record | {
+        wanted = _RENAMED | {f"rewards/{name}/mean": f"reward/{name}" for name in self._environments}
+        logged = {ours: logs.get(theirs) for theirs, ours in wanted.items()}
+        return {name: value for name, value in logged.items() if value is not None} | {
             "logp_diff": self.trainer.policy_difference.mean,
             "logp_diff_max": self.trainer.policy_difference.largest,
             "logp_unknown": self.trainer.policy_difference.unknown,

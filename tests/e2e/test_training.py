@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -132,6 +133,15 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(
     assert draws(run) == draws(straight)
     facts = json_lines(run_program("exported.py", run / "model", straight / "model"))[0]
     assert facts["distances"][0] < 1e-6
+
+
+def test_a_run_that_only_lacks_its_export_is_finished(straight: Path) -> None:
+    shutil.move(straight / "model", straight / "first-model")
+    train(straight, attempt=2)
+    assert len(jsonl(straight / "metrics.jsonl")) == STEPS
+    assert len(jsonl(straight / "evaluations.jsonl")) == 2
+    facts = json_lines(run_program("exported.py", straight / "model", straight / "first-model"))[0]
+    assert facts["distances"] == [0.0]
 
 
 def test_a_failed_rollout_is_left_out_wherever_it_stands(model: Path, tmp_path: Path) -> None:
