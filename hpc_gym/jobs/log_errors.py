@@ -6,10 +6,11 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from hpc_gym.jobs.log_files import LogFile
 from hpc_gym.jobs.log_merge import Round
-from hpc_gym.protocol.log_lines import parse_line
+from hpc_gym.protocol.log_lines import STAMP_LENGTH
 
 _BEFORE = 3
 _AFTER = 2
@@ -17,8 +18,9 @@ _LONGEST = 400
 """Lines of one block; a longer one is given out in parts."""
 
 _TRACEBACK = b"Traceback (most recent call last):"
-# Worker prefixes, as vLLM's "(EngineCore pid=7) " and Ray's "(run pid=7) ", stand before every line of a traceback.
-_WORKER = re.compile(rb"^(?:\([^()]*pid=\d+[^()]*\)\s?)+")
+# Programs that share a log put their name before each line: NeMo Gym "(policy_model) ", vLLM "(EngineCore pid=7) ".
+_WRITER = re.compile(rb"^(?:\([\w .:=/-]{1,80}\) ?)+")
+_MOST_WRITERS = 256
 _LOGGED_WITH = re.compile(rb"^(?:ERROR|CRITICAL)[^\[\]]*\[[^\]]*\]\s?")
 _CHAINED = (b"During handling of the above exception", b"The above exception was the direct cause")
 _ERROR = re.compile(
@@ -29,6 +31,24 @@ _ERROR = re.compile(
 _NUMBERS = re.compile(rb"\d+|0x[0-9a-f]+")
 
 
+class _Line(NamedTuple):
+    """A line taken apart: who wrote it, what it says without stamp, writer and logger, whether that is an error."""
+
+    writer: bytes
+    text: bytes
+    is_error: bool
+
+    @classmethod
+    def of(cls, line: bytes) -> _Line:
+        text = line[STAMP_LENGTH + 1 :] if line[STAMP_LENGTH - 1 : STAMP_LENGTH + 1] == b"Z " else line
+        writer = b""
+        if text[:1] == b"(" and (match := _WRITER.match(text)):
+            writer, text = match[0], text[match.end() :]
+        if text[:1] in (b"E", b"C") and (match := _LOGGED_WITH.match(text)):
+            return cls(writer, text[match.end() :], True)
+        return cls(writer, text, _ERROR.search(text) is not None)
+
+
 @dataclass
 class Block:
     """One error of one process: its lines with those around them, stamps included."""
@@ -37,66 +57,77 @@ class Block:
     lines: list[bytes]
     first: int
     """Index of the line where the error itself begins."""
+    told: bytes = b""
+    """What it says: the exception that ends its traceback, or its last error line."""
 
     def kind(self) -> bytes:
-        """What is the same for repetitions of one error: its last telling line without numbers."""
-        told = [line for line in map(_text, self.lines[self.first :]) if line and not line[:1].isspace()]
-        return self.file.role.encode() + _NUMBERS.sub(b"#", (told or [b""])[-1])[:200]
+        """What is the same for repetitions of one error, on other ranks too."""
+        return self.file.role.encode() + _NUMBERS.sub(b"#", self.told)[:200]
 
 
 @dataclass
 class _Reader:
-    """Follows one log file line by line; memory is bounded by a block."""
+    """Follows what one writer writes to a log file, line by line; memory is bounded by a block."""
 
     file: LogFile
     recent: deque[bytes] = field(default_factory=lambda: deque(maxlen=_BEFORE))
     block: Block | None = None
     in_traceback: bool = False
+    had_traceback: bool = False
     after: int = 0
 
-    def feed(self, line: bytes) -> Block | None:
-        """Takes the next line; gives a block that has ended with it."""
-        text = _text(line)
-        starts = _TRACEBACK in text
+    def feed(self, raw: bytes, line: _Line) -> Block | None:
+        """Takes the next line; gives a block that has ended with it, or before it."""
+        starts = _TRACEBACK in line.text
         if self.block is None:
-            if starts or _ERROR.search(text):
-                self.block = Block(self.file, [*self.recent, line], len(self.recent))
-                self.in_traceback, self.after = starts, _AFTER
-                self.recent.clear()
-            else:
-                self.recent.append(line)
+            self._begin(raw, line, starts)
             return None
-        self.block.lines.append(line)
-        if starts:
-            self.in_traceback = True
-        elif self.in_traceback:
-            # Its last line, the exception, is the first that is not indented.
-            if text and not text[:1].isspace() and not text.startswith(_CHAINED):
-                self.in_traceback, self.after = False, _AFTER
-        elif text.startswith(_CHAINED):
-            self.in_traceback = True
-        elif _ERROR.search(text):
-            self.after = _AFTER
-        else:
-            self.after -= 1
+        chained = not line.text.strip() or line.text.startswith(_CHAINED)
+        if line.is_error and not starts and not chained and self.had_traceback and not self.in_traceback:
+            # The next error: its own traceback may follow.
+            ended = self.end()
+            self._begin(raw, line, starts)
+            return ended
+        self.block.lines.append(raw)
+        self._go_on(line, starts)
         if (self.after <= 0 and not self.in_traceback) or len(self.block.lines) >= _LONGEST:
             return self.end()
         return None
 
+    def _begin(self, raw: bytes, line: _Line, starts: bool) -> None:
+        if not starts and not line.is_error:
+            self.recent.append(raw)
+            return
+        self.block = Block(self.file, [*self.recent, raw], len(self.recent), line.text)
+        self.in_traceback = self.had_traceback = starts
+        self.after = _AFTER
+        self.recent.clear()
+
+    def _go_on(self, line: _Line, starts: bool) -> None:
+        assert self.block is not None
+        if starts:
+            self.in_traceback = self.had_traceback = True
+        elif self.in_traceback:
+            # Its last line, the exception, is the first that is not indented.
+            if line.text and not line.text[:1].isspace() and not line.text.startswith(_CHAINED):
+                self.in_traceback, self.after = False, _AFTER
+                self.block.told = line.text
+        elif line.text.startswith(_CHAINED):
+            self.in_traceback = True
+        elif line.is_error:
+            self.after = _AFTER
+            self.block.told = line.text or self.block.told
+        else:
+            self.after -= 1
+
     def end(self) -> Block | None:
-        block, self.block, self.in_traceback = self.block, None, False
+        block, self.block, self.in_traceback, self.had_traceback = self.block, None, False, False
         return block
-
-
-def _text(line: bytes) -> bytes:
-    """A line without its stamp and the prefixes of workers and loggers."""
-    text = parse_line(line)[1] if line[:2] == b"20" else line
-    return _LOGGED_WITH.sub(b"", _WORKER.sub(b"", text)) if text[:1] in b"(EC" else text
 
 
 def error_blocks(rounds: Iterable[Round]) -> Iterator[Block]:
     """The error blocks of merged log files, in the order in which they end; of repetitions of one error the first."""
-    readers: dict[str, _Reader] = {}
+    readers: dict[tuple[str, bytes], _Reader] = {}
     seen: set[bytes] = set()
 
     def new(block: Block | None) -> Iterator[Block]:
@@ -106,10 +137,12 @@ def error_blocks(rounds: Iterable[Round]) -> Iterator[Block]:
             yield block
 
     for each in rounds:
-        for file, line in each.in_order():
-            if (reader := readers.get(file.path)) is None:
-                reader = readers[file.path] = _Reader(file)
-            if (block := reader.feed(line)) is not None:
+        for file, raw in each.in_order():
+            line = _Line.of(raw)
+            if (reader := readers.get((file.path, line.writer))) is None:
+                key = (file.path, line.writer if len(readers) < _MOST_WRITERS else b"")
+                reader = readers.setdefault(key, _Reader(file))
+            if (block := reader.feed(raw, line)) is not None:
                 yield from new(block)
     for reader in readers.values():
         yield from new(reader.end())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hpc_gym.jobs.log_merge import Lines, Round, follow, merge
 from hpc_gym.jobs.records import JobRecord
 from hpc_gym.jobs.script_log import script_log
 from hpc_gym.protocol.attempt import Failure, Outcome
-from hpc_gym.protocol.log_lines import STAMP_LENGTH
+from hpc_gym.protocol.log_lines import STAMP_LENGTH, stamp
 
 _COLOURS = {"rollout": 36, "train": 32, "judge": 35, "environment": 33}
 _TO_MILLISECONDS = 23
@@ -93,7 +94,8 @@ def logs(
 def errors(run_dir: Path, selection: Selection | None = None, color: bool = False) -> Iterator[bytes]:
     """The errors in the logs: per attempt first those of the process that it failed by, then the others in time order.
 
-    At the end stands the sentence that says how the job ended.
+    What others complain about once the attempt is being stopped is a consequence, and only counted. At the end stands
+    the sentence that says how the job ended.
     """
     selection = selection or Selection()
     printer = Printer(color)
@@ -105,11 +107,19 @@ def errors(run_dir: Path, selection: Selection | None = None, color: bool = Fals
         cause = outcome.failure if outcome else None
         first = [file for file in files if cause is not None and _is_of(file, cause)]
         others = [file for file in files if file not in first]
+        stopping, left_out = _stopping(run_dir, attempt), 0
         for title, group in (("first cause", first), ("others", others)):
-            for number, block in enumerate(error_blocks(merge(group))):
-                if first and number == 0:
+            headed = not first
+            for block in error_blocks(merge(group)):
+                if group is others and block.lines[block.first] > stopping:
+                    left_out += 1
+                    continue
+                if not headed:
+                    headed = True
                     yield f"== attempt {attempt}, {title} ==\n".encode()
                 yield printer.lines((block.file, block.lines)) + b"\n"
+        if left_out:
+            yield f"== attempt {attempt}: {left_out} more came while it was being stopped ==\n".encode()
     yield from _end(run_dir)
 
 
@@ -123,6 +133,18 @@ def _end(run_dir: Path) -> Iterator[bytes]:
     except (OSError, ValueError):
         return
     yield b"".join(b"job script: " + each + b"\n" for each in text.splitlines() if each.strip())
+
+
+def _stopping(run_dir: Path, attempt: int) -> bytes:
+    """The stamp of the moment at which an attempt began to be stopped; one after all others where it never was."""
+    try:
+        with (run_dir / "attempts" / str(attempt) / "events.jsonl").open("rb") as file:
+            for line in file:
+                if b'"stopping"' in line and (event := json.loads(line)).get("event") == "stopping":
+                    return stamp(float(event["time"]))
+    except (OSError, ValueError, KeyError):
+        pass
+    return b"\xff"
 
 
 def _is_of(file: LogFile, failure: Failure) -> bool:

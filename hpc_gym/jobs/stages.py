@@ -97,6 +97,9 @@ def _training(
     ready = [each.ready for each in known if each.ready is not None]
     began = all_ready = max(ready) if ready and len(ready) == len(ranks) else None
     said = next((each.text for each in known if each.text and each.ready is not None), "")
+    if re.match(r"step \d+/\d+", said):
+        # metrics.jsonl says that, and more.
+        said = ""
     step = int(last_step.get("step", 0))
     stepped = float(last_step["time"]) if max_steps and step >= max_steps else None
     ended = [each.exited for each in known]

@@ -162,6 +162,9 @@ class StatusReader:
 
     def _last_moment(self) -> float:
         told = [each["time"] for each in (*list(self.steps)[-1:], *self.evaluations[-1:]) if "time" in each]
+        outcome = self._run_dir / "attempts" / str(self._progress.attempt) / "outcome.json"
+        if not self._progress.last and outcome.exists():
+            told.append(outcome.stat().st_mtime)
         return float(max([self.record.submitted, self._progress.last, *told]))
 
     def _pace(self) -> _Pace:

@@ -187,6 +187,27 @@ def test_errors_of_workers_and_chained_tracebacks_stay_in_one_block(tmp_path: Pa
     assert blocks[0].count(b"ValueError: no such row") == 2
 
 
+def test_errors_of_programs_that_share_a_log_are_kept_apart(tmp_path: Path) -> None:
+    names = {"policy_model": "no such row", "mcqa_simple_agent": "no answer"}
+    mixed = [f"({name}) {text.replace('no such row', why)}" for text in TRACEBACK for name, why in names.items()]
+    write_log(tmp_path, 1, "rollout", "rollout-0", "gym", [(i / 10, text) for i, text in enumerate(mixed)])
+    first, second = b"".join(errors(tmp_path)).strip().split(b"\n\n")
+    assert (first.count(b"(policy_model)"), first.count(b"(mcqa_simple_agent)")) == (4, 0)
+    assert (second.count(b"(policy_model)"), second.count(b"(mcqa_simple_agent)")) == (0, 4)
+
+
+def test_errors_that_come_while_the_attempt_is_stopped_are_only_counted(tmp_path: Path) -> None:
+    told = [(1.0, "ERROR: before"), (2.0, "a"), (3.0, "b"), (4.0, "c"), (20.0, "ERROR: connection lost")]
+    write_log(tmp_path, 1, "rollout", "rollout-0", "gym", told)
+    stopping = {"time": START + 10, "event": "stopping", "process": ""}
+    (tmp_path / "attempts" / "1" / "events.jsonl").write_text(json.dumps(stopping) + "\n")
+    end_attempt(tmp_path, 1, Outcome("cancelled", "SIGTERM"))
+    lines = shown(errors(tmp_path))
+    assert any("before" in line for line in lines)
+    assert not any("connection lost" in line for line in lines)
+    assert lines[-2:] == ["== attempt 1: 1 more came while it was being stopped ==", "CANCELLED: SIGTERM"]
+
+
 def test_errors_are_shown_once_however_often_they_come(tmp_path: Path) -> None:
     told = [(i / 10, f"ERROR: rollout {i} timed out" if i % 10 == 0 else f"step {i}") for i in range(2000)]
     write_log(tmp_path, 1, "rollout", "rollout-0", "rollout-server", told)
