@@ -34,16 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stop = StopSignal()
     try:
         return _run(Plan.read(run_dir), stop)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        notify(X_FAILURE=str(error))
-        return 2
     except StopRequested:
         return STOPPED_AT_CHECKPOINT
     except BaseException as error:
-        traceback.print_exc()
-        notify(X_FAILURE=f"{type(error).__name__}: {error}")
-        return 1
+        return _report(error)
 
 
 def _run(plan: Plan, stop: StopSignal) -> int:
@@ -69,9 +63,23 @@ def _run(plan: Plan, stop: StopSignal) -> int:
             code = run.execute(Path(plan.run_dir) / EXPORT)
         except StopRequested:
             code = STOPPED_AT_CHECKPOINT
+        except BaseException as error:
+            # At once, before anything is closed: the other ranks fail as soon as this one is gone.
+            code = _report(error)
         finally:
             run.close(code)
     return code
+
+
+def _report(error: BaseException) -> int:
+    """Tells the log and the supervisor why this rank fails; returns its exit code."""
+    if isinstance(error, UserError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        notify(X_FAILURE=str(error))
+        return 2
+    traceback.print_exception(error)
+    notify(X_FAILURE=f"{type(error).__name__}: {error}")
+    return 1
 
 
 def connect() -> RolloutClient:

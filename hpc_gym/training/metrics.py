@@ -20,6 +20,7 @@ from hpc_gym.plan.plan import Plan
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 WANDB_CLOSE_S = 20.0
+WANDB_CLOSE_FAILED_S = 3.0
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
@@ -130,7 +131,7 @@ class WandbRun:
         """Ends the run; gives up after a while, since a network that is gone must not keep the job's nodes."""
         closing = threading.Thread(target=self._run.finish, args=(exit_code,), daemon=True)
         closing.start()
-        closing.join(WANDB_CLOSE_S)
+        closing.join(WANDB_CLOSE_S if exit_code == 0 else WANDB_CLOSE_FAILED_S)
 
 
 def _public_config(plan: Plan) -> dict[str, Any]:

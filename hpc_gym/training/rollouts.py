@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hpc_gym.data.draw import Mixture
@@ -32,16 +32,19 @@ class NoRollouts(RuntimeError):
 
 @dataclass(frozen=True)
 class RolloutStatistics:
-    """What a step's rollouts were, over all ranks."""
+    """What rollouts were, over all ranks."""
 
-    rollouts: int
-    failed: int
-    truncated: int
-    tokens: int
+    rollouts: int = 0
+    failed: int = 0
+    truncated: int = 0
+    tokens: int = 0
     """Tokens that the policy generated."""
-    turns: int
-    seconds: float
+    turns: int = 0
+    seconds: float = 0.0
     """From the request to the last trajectory, on the rank that waited longest."""
+
+    def __add__(self, other: RolloutStatistics) -> RolloutStatistics:
+        return RolloutStatistics(*(ours + theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
 class TrainingRows:
@@ -152,16 +155,17 @@ class RolloutFunction:
         self._runner = runner
         self._rows = rows
         self._ranks = ranks
-        self.statistics = RolloutStatistics(0, 0, 0, 0, 0, 0.0)
-        """Of the last batch."""
+        self.statistics = RolloutStatistics()
+        """Of all batches since it was last reset: a step may ask for several."""
 
     def __call__(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
         started = time.monotonic()
         step = int(trainer.state.global_step)
         requests = [self._rows.request(int(prompt)) for prompt in prompts]
         trajectories = self._runner.run(requests, step, f"step {step + 1}/{trainer.state.max_steps}")
-        self.statistics = self._count(trajectories, time.monotonic() - started)
-        if self.statistics.failed == self.statistics.rollouts:
+        counted = self._count(trajectories, time.monotonic() - started)
+        self.statistics += counted
+        if counted.failed == counted.rollouts:
             reasons = sorted({trajectory.reason for trajectory in trajectories})
             raise NoRollouts(f"every rollout of step {step + 1} failed: {'; '.join(reasons[:3])}")
         for trajectory in trajectories:

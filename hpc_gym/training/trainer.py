@@ -21,7 +21,7 @@ from hpc_gym.training.evaluation import Evaluator
 from hpc_gym.training.metrics import Recorder
 from hpc_gym.training.policy import PolicyWeights
 from hpc_gym.training.ranks import Ranks
-from hpc_gym.training.rollouts import RolloutFunction
+from hpc_gym.training.rollouts import RolloutFunction, RolloutStatistics
 from hpc_gym.training.stopping import StopSignal
 
 # TRL's names of what a reader of metrics.jsonl wants, and ours.
@@ -46,12 +46,25 @@ class OffPolicy(RuntimeError):
 
 @dataclass(frozen=True)
 class PolicyDifference:
-    """|log p(trainer) - log p(vLLM)| over all tokens that the policy generated in a step, on all ranks."""
+    """|log p(trainer) - log p(vLLM)| over tokens that the policy generated, on all ranks."""
 
-    mean: float
-    largest: float
-    unknown: int
-    """Tokens for which vLLM gave no log-probability."""
+    total: float = 0.0
+    tokens: int = 0
+    largest: float = 0.0
+    unknown: int = 0
+    """Tokens for which vLLM gave no log-probability; they are in none of the others."""
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(self.tokens, 1)
+
+    def __add__(self, other: PolicyDifference) -> PolicyDifference:
+        return PolicyDifference(
+            self.total + other.total,
+            self.tokens + other.tokens,
+            max(self.largest, other.largest),
+            self.unknown + other.unknown,
+        )
 
 
 class PolicyTrainer(GRPOTrainer):
@@ -73,7 +86,8 @@ class PolicyTrainer(GRPOTrainer):
         super().__init__(*arguments, **keywords)
         self.remove_callback(PrinterCallback)  # StepCallback says it, in one line
         self.pad_token_id: int = self._tokenizer.pad_token_id
-        self.policy_difference = PolicyDifference(0.0, 0.0, 0)
+        self.policy_difference = PolicyDifference()
+        """Of all rollouts since it was last reset."""
         self._ranks = ranks
         self._checkpoints = checkpoints
         self._prompts_per_step = prompts_per_step
@@ -98,8 +112,9 @@ class PolicyTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        self.policy_difference = self._difference(output)
-        self._check_on_policy(self.policy_difference)
+        difference = self._difference(output)
+        self._check_on_policy(difference)
+        self.policy_difference += difference
         return output
 
     def _difference(self, batch: dict[str, Any]) -> PolicyDifference:
@@ -113,7 +128,7 @@ class PolicyTrainer(GRPOTrainer):
             [difference.sum().item(), float(len(difference)), float((~known).sum().item())]
         )
         largest = self._ranks.maximum([difference.max().item() if len(difference) else 0.0])[0]
-        return PolicyDifference(total / max(count, 1.0), largest, int(unknown))
+        return PolicyDifference(total, int(count), largest, int(unknown))
 
     def _check_on_policy(self, difference: PolicyDifference) -> None:
         step = self.state.global_step + 1
@@ -136,7 +151,8 @@ class PolicyTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
-        if self._checkpoints.is_complete(step):
+        # Rank 0 looks: the others' view of shared storage may lag behind.
+        if self._ranks.any(self._ranks.is_first and self._checkpoints.is_complete(step)):
             return
         notify(X_SAVING=1)
         try:
@@ -184,12 +200,14 @@ class StepCallback(TrainerCallback):
         self._weights_before = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 0:
-            self.evaluate("before")
+        # Also what a stop in the middle of an evaluation left out.
+        self.evaluate("before" if state.global_step == 0 else "step")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._began = time.monotonic()
         self._weights_before = self._weights.seconds
+        self._rollouts.statistics = RolloutStatistics()
+        self.trainer.policy_difference = PolicyDifference()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         notify(WATCHDOG=1)
@@ -212,15 +230,16 @@ class StepCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         notify(WATCHDOG=1)
-        if state.global_step < state.max_steps:
-            self.evaluate("step")
+        self.evaluate("step")
         if self._ranks.any(self._stop.requested):
             control.should_training_stop = True
         return control
 
     def evaluate(self, when: str) -> None:
         """Evaluates the weights of this moment, if the Plan wants it now."""
-        step = self.trainer.state.global_step
+        step, steps = self.trainer.state.global_step, self.trainer.state.max_steps
+        if when == "step" and step == steps:
+            return  # that is the one after training
         if self._evaluator.wanted(step, when):
             self.trainer.push_weights()
             self._evaluator.run(step, when)
