@@ -22,7 +22,7 @@ from hpc_gym.runtimes.spec import MARKER, RuntimeSpec, is_built, runtimes_folder
 
 
 def build(names: Sequence[str], progress: Progress = lambda event: None) -> None:
-    """Builds those of the named runtimes that are not there yet, side by side.
+    """Builds those of the named runtimes that are not there yet, side by side; those named first get the cores first.
 
     Raises UserError when one could not be built: no Python, no uv, no space, no index; what was built till then stays.
     An interrupt stops the programs it started and leaves no half runtime.
@@ -46,7 +46,10 @@ def build_specs(specs: Sequence[RuntimeSpec], progress: Progress = lambda event:
     check_space(missing)
     cancelled = threading.Event()
     with concurrent.futures.ThreadPoolExecutor(len(missing)) as pool:
-        jobs = [pool.submit(_build, *pair, cancelled, progress) for pair in zip(missing, interpreters, strict=True)]
+        jobs = [
+            pool.submit(_build, spec, interpreter, 5 * place, cancelled, progress)
+            for place, (spec, interpreter) in enumerate(zip(missing, interpreters, strict=True))
+        ]
         try:
             concurrent.futures.wait(jobs)
         except BaseException:
@@ -81,7 +84,7 @@ def _make_folder() -> None:
         ) from error
 
 
-def _build(spec: RuntimeSpec, interpreter: Path, cancelled: threading.Event, progress: Progress) -> None:
+def _build(spec: RuntimeSpec, interpreter: Path, niceness: int, cancelled: threading.Event, progress: Progress) -> None:
     root = spec.root
     with _sole_builder(root.with_name(root.name + ".lock"), spec.name, cancelled, progress) as lock_fd:
         if is_built(spec):
@@ -93,7 +96,7 @@ def _build(spec: RuntimeSpec, interpreter: Path, cancelled: threading.Event, pro
             if root.exists():
                 shutil.rmtree(root)
             log.unlink(missing_ok=True)
-            Builder(spec, interpreter, lock_fd, log, cancelled, progress).install()
+            Builder(spec, interpreter, lock_fd, log, niceness, cancelled, progress).install()
             _write_marker(spec, time.monotonic() - started)
         except BaseException:
             shutil.rmtree(root, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -53,6 +54,8 @@ class Builder:
     interpreter: Path
     lock_fd: int
     log: Path
+    niceness: int
+    """Added to that of this process for the programs it starts, so that a more urgent build gets the cores first."""
     cancelled: threading.Event
     progress: Progress
 
@@ -114,6 +117,9 @@ class Builder:
                 env=environment,
                 pass_fds=(self.lock_fd,),
             )
+            with contextlib.suppress(ProcessLookupError):
+                niceness = min(19, os.getpriority(os.PRIO_PROCESS, 0) + self.niceness)
+                os.setpriority(os.PRIO_PROCESS, process.pid, niceness)
             while (status := _wait(process, 0.2)) is None:
                 if self.cancelled.is_set():
                     process.terminate()

@@ -88,8 +88,8 @@ def names() -> tuple[str, ...]:
 
 
 def default_names(device: Device) -> tuple[str, ...]:
-    """The runtimes that a job on this device needs."""
-    return (f"inference-{device}", "gym", f"train-{device}")
+    """The runtimes that a job on this device needs, the one wanted first: the demo makes its model in `train`."""
+    return (f"train-{device}", f"inference-{device}", "gym")
 
 
 def spec_of(name: str) -> RuntimeSpec:
