@@ -148,15 +148,15 @@ def cut(plan: Plan, folder: Path, name: str, keep: Callable[[Process], Process |
     return run_dir
 
 
-def only(name: str) -> Callable[[Process], Process | None]:
-    return lambda process: process if process.name == name else None
+def only(wanted: Callable[[Process], bool]) -> Callable[[Process], Process | None]:
+    """Keeps what is wanted, and in the place of the rollout server, whose ports others know, a program that sleeps."""
 
+    def keep(process: Process) -> Process | None:
+        if process.name == "rollout-server":
+            return replace(process, argv=SLEEP, ready=None, ready_within_s=0.0, alive_within_s=0.0)
+        return process if wanted(process) else None
 
-def trainers(process: Process) -> Process | None:
-    """The trainers, and in the place of the rollout server a program that never answers."""
-    if process.name == "rollout-server":
-        return replace(process, argv=SLEEP, ready=None, ready_within_s=0.0, alive_within_s=0.0)
-    return process if process.role == "train" else None
+    return keep
 
 
 def main() -> None:
@@ -166,10 +166,13 @@ def main() -> None:
         ranks = [each.name for node in plan.nodes for each in node.processes if each.role == "train"]
         whole_dir = cut(plan, folder, "whole", lambda process: process)
         whole = measure(whole_dir, first_rollout)
+        print(f"the whole job: {whole}", flush=True)
         parts = {
-            "vLLM": measure(cut(plan, folder, "vllm", only("vllm-0")), all_ready("vllm-0")),
-            "NeMo Gym": measure(cut(plan, folder, "gym", only("gym")), all_ready("gym")),
-            f"trainers ({len(ranks)} ranks)": measure(cut(plan, folder, "train", trainers), all_waiting(*ranks)),
+            "vLLM": measure(cut(plan, folder, "vllm", only(lambda each: each.name == "vllm-0")), all_ready("vllm-0")),
+            "NeMo Gym": measure(cut(plan, folder, "gym", only(lambda each: each.name == "gym")), all_ready("gym")),
+            f"trainers ({len(ranks)} ranks)": measure(
+                cut(plan, folder, "train", only(lambda each: each.role == "train")), all_waiting(*ranks)
+            ),
         }
         shutil.rmtree(folder / "whole", ignore_errors=True)
     cores = len(os.sched_getaffinity(0))
