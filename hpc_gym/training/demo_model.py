@@ -222,7 +222,7 @@ class WarmStart:
         for batches in (chain_sum_batches, [(self._counter.ids[counter], self._counter.labels[counter])]):
             losses, tokens = zip(*(self._loss(ids, labels) for ids, labels in batches), strict=True)
             loss = torch.stack(losses).sum() / sum(tokens)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.gradient_norm)
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
