@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -31,8 +32,12 @@ class Event:
     text: str = ""
 
 
-_UNREACHABLE = ("Failed to fetch", "error sending request", "dns error", "Could not connect")
-"""What uv says when an index does not answer."""
+_NO_SPACE = re.compile(r"os error 28|No space left on device")
+_NO_INDEX = re.compile(r"Failed to fetch|error sending request|dns error|Could not connect")
+_NO_COMPILER = re.compile(
+    r"No such file or directory: '[^']*(cc|clang)'|command '[^']*(cc|clang)' failed|Python\.h: No such"
+)
+"""What uv, and the build of a source package, say when that is the trouble."""
 
 Progress = Callable[[Event], None]
 """Called from the threads that build, one per runtime."""
@@ -68,7 +73,10 @@ class Builder:
         lock = root / "lock.txt"
         lock.write_text(spec.lock)
         command = [uv, "pip", "sync", "--python", str(spec.python), *torch_arguments(spec.torch), str(lock)]
-        self._run(command, "install the packages", watch=self._say_installed)
+        # Every version is pinned, so what uv's cache has is what the index would give. Asked first, an index costs a
+        # request per package, and a source package is compiled again where the index sends no validator.
+        if not self._succeeds([*command, "--offline"], watch=self._say_installed):
+            self._run(command, "install the packages", watch=self._say_installed)
         for name, version in spec.provides.items():
             _add_metadata(site_packages(root), name, version)
         if spec.link_servers:
@@ -97,13 +105,18 @@ class Builder:
         ]
         self._say("installing", done, self.spec.packages, steps[-1] if steps and not done else "")
 
+    def _succeeds(self, command: Sequence[str], watch: Callable[[str], None]) -> bool:
+        return self._execute(command, watch)[0] == 0
+
     def _run(self, command: Sequence[str], what: str, watch: Callable[[str], None] | None = None) -> None:
-        """Runs a program to its end, its output in the log; UserError when it fails."""
-        environment = index_environment(os.environ) | {
-            "HF_HUB_OFFLINE": "1",
-            "DO_NOT_TRACK": "1",
-            "UV_LINK_MODE_WARNINGS": "0",
-        }
+        """Runs a program to its end; UserError when it fails."""
+        status, output = self._execute(command, watch)
+        if status != 0:
+            raise self._failure(what, status, output)
+
+    def _execute(self, command: Sequence[str], watch: Callable[[str], None] | None) -> tuple[int, str]:
+        """Runs a program to its end, its output in the log; its exit status and output. Raises Cancelled."""
+        environment = index_environment(os.environ) | {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
         with self.log.open("a") as log:
             log.write(f"$ {' '.join(command)}\n")
             log.flush()
@@ -129,25 +142,28 @@ class Builder:
                     raise Cancelled
                 if watch:
                     watch(_text_from(self.log, start))
-        if status != 0:
-            raise self._failure(what, status, _text_from(self.log, start))
+        return status, _text_from(self.log, start)
 
     def _failure(self, what: str, status: int, output: str) -> UserError:
         name, tail = self.spec.name, "\n".join(output.strip().splitlines()[-8:])
-        if "os error 28" in output or "No space left on device" in output:
+        if _NO_SPACE.search(output):
             free = shutil.disk_usage(self.spec.root.parent).free // 2**20
             return UserError(
                 f"runtime {name}: no space left while hpc-gym was to {what}: {free} MiB free for "
                 f"{self.spec.root.parent}, {self.spec.disk_mib} MiB needed, and as much again for uv's cache.\n"
                 f"Free some space, or set HPC_GYM_CACHE (and UV_CACHE_DIR) to a folder on a larger file system."
             )
-        if any(
-            sign in output for sign in ("Failed to fetch", "error sending request", "dns error", "Could not connect")
-        ):
+        if _NO_INDEX.search(output):
             return UserError(
                 f"runtime {name}: no package index could be reached:\n{tail}\n"
                 f"Set UV_DEFAULT_INDEX (or PIP_INDEX_URL) to an index that this machine reaches, and PIP_FIND_LINKS to "
                 f"a folder with the torch wheel where PyTorch's index is out of reach. Whole log: {self.log}"
+            )
+        if _NO_COMPILER.search(output):
+            return UserError(
+                f"runtime {name}: a package has to be compiled, and there is no C compiler (or no headers of "
+                f"{self.interpreter}):\n{tail}\nInstall them: `apt-get install gcc`, or load your site's compiler "
+                f"module. Whole log: {self.log}"
             )
         return UserError(f"runtime {name}: could not {what} (exit code {status}):\n{tail}\nWhole log: {self.log}")
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -189,6 +191,23 @@ def test_an_index_that_does_not_answer_is_said(home: Path, monkeypatch: pytest.M
         build_specs([TINY])
     assert "127.0.0.1:1" in str(caught.value)
     assert not TINY.root.exists()
+
+
+def test_a_missing_compiler_is_said(home: Path) -> None:
+    """The words are those of setuptools, for a package that only exists as source."""
+    said = "error: [Errno 2] No such file or directory: 'gcc'"
+    backend = f"def build_wheel(*arguments): raise SystemExit({said!r})\n"
+    project = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    shutil.rmtree(home / "wheels")
+    (home / "wheels").mkdir()
+    with tarfile.open(home / "wheels" / "small_package-1.0.tar.gz", "w:gz") as source:
+        metadata = "Metadata-Version: 2.2\nName: small_package\nVersion: 1.0\n"
+        for name, text in (("PKG-INFO", metadata), ("pyproject.toml", project), ("backend.py", backend)):
+            entry = tarfile.TarInfo(f"small_package-1.0/{name}")
+            entry.size = len(text)
+            source.addfile(entry, io.BytesIO(text.encode()))
+    with pytest.raises(UserError, match="there is no C compiler"):
+        build_specs([TINY])
 
 
 def test_a_package_that_does_not_import_is_no_runtime(home: Path) -> None:
