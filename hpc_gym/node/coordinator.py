@@ -4,8 +4,7 @@ It runs beside the supervisor of node rank 0, which talks to it over TCP like al
 with a `type`:
 
 * to the coordinator: `heartbeat`, `endpoints`, `event`, `ended` (a task ended well), `complained`, `failed`,
-  `saving`, `signal`,
-  `released`;
+  `saving`, `signal`, `unfit`, `released`;
 * from it: `heartbeat`, `endpoints` (of all nodes), `checkpoint` (tasks save and stop), `stop`, `end` (the outcome).
 """
 
@@ -208,6 +207,8 @@ class Coordinator:
             (self._saving.add if message["saving"] else self._saving.discard)(task)
         elif kind == "signal":
             self._signalled(str(message["signal"]))
+        elif kind == "unfit":
+            self._lose(peer.rank, peer.host, f"not fit for the job: {message['cause']}", "unfit")
         elif kind == "released":
             peer.released = True
             self._record("released", rank=peer.rank, seconds=message["seconds"])
@@ -231,7 +232,7 @@ class Coordinator:
         """SIGTERM is also all that a job hears when Slurm takes its nodes for another: then there is a grace time."""
         standing = await asyncio.to_thread(scontrol.standing, os.environ.get("HPC_GYM_JOB_ID", ""))
         if standing.preempted and standing.state == "RUNNING":
-            self._checkpoint("the job was preempted")
+            self._checkpoint(scontrol.PREEMPTED)
         elif not self._verdict.cancelled:
             self._verdict.cancelled = "the job received SIGTERM"
         self._changed.set()
@@ -270,7 +271,7 @@ class Coordinator:
                         self._lose(node.rank, "", f"its supervisor did not report within {JOIN_WITHIN_S:g} s")
             self._changed.set()
 
-    def _lose(self, rank: int, host: str, cause: str) -> None:
+    def _lose(self, rank: int, host: str, cause: str, event: str = "silent") -> None:
         node = self._plan.nodes[rank]
         if any(failure.node == node.name for failure, _ in self._verdict.lost):
             return
@@ -282,7 +283,7 @@ class Coordinator:
             self._peers[rank].connected = False
         if any(task[0] == rank for task in self._saving):
             self._saving.clear()
-        self._record("silent", rank=rank, cause=cause)
+        self._record(event, rank=rank, cause=cause)
 
     def _registry(self) -> Message:
         return {"type": "endpoints", "endpoints": {str(rank): found for rank, found in self._endpoints.items()}}

@@ -20,6 +20,7 @@ from hpc_gym.node.endpoints import Endpoints
 from hpc_gym.node.link import Link
 from hpc_gym.node.log_pump import LogPump
 from hpc_gym.node.placeholders import wanted_endpoints
+from hpc_gym.node.precheck import unfit
 from hpc_gym.node.process import End, ManagedProcess
 from hpc_gym.node.shared_memory import SharedMemory
 from hpc_gym.node.signals import STOP_SIGNALS
@@ -59,7 +60,8 @@ class NodeRunner:
         coordinator = self._coordinate()
         link = asyncio.create_task(self._keep_link(), name="link")
         look = asyncio.create_task(self._look(), name="look")
-        keepers = [asyncio.create_task(self._keep_or_fail(each), name=each.spec.name) for each in self._processes]
+        processes = self._processes if await self._is_fit() else []
+        keepers = [asyncio.create_task(self._keep_or_fail(each), name=each.spec.name) for each in processes]
         await self._stopping.wait()
         stopped = time.monotonic()
         await self._release(keepers)
@@ -70,6 +72,15 @@ class NodeRunner:
             await asyncio.wait({coordinator}, timeout=5)
         link.cancel()
         return outcome
+
+    async def _is_fit(self) -> bool:
+        """Whether this node may start its processes; where not, the coordinator ends the attempt."""
+        if self._context.plan.launch.kind == "local":
+            return True
+        cause = await asyncio.to_thread(unfit, self._context)
+        if cause:
+            self._link.send({"type": "unfit", "cause": cause})
+        return not cause
 
     def _coordinate(self) -> asyncio.Task[Outcome] | None:
         context = self._context

@@ -8,6 +8,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+PREEMPTED = "the job was preempted"
+
 _STARTED_TOGETHER_S = 5.0
 
 

@@ -8,6 +8,7 @@ srun alone would not do: it waits for the tasks of a node that has died until Sl
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -29,12 +30,12 @@ _SRUN_MAY_TAKE_S = 3.0
 """From the outcome to the end of srun, when all nodes live."""
 _OUTCOME_MAY_TAKE_S = 5.0
 """From the end of srun until its outcome is seen: another process wrote it, perhaps through a file server."""
-_LOST_NODES_ALLOWED = 2
-"""Attempts that may follow one another because a node was lost."""
+_REQUEUES_IN_VAIN = 2
+"""Requeues that may follow one another without a training step between them: bad nodes, too short a time limit."""
 _OWN_END = {
     "TIMEOUT": "the time limit was reached",
     "NODE_FAIL": "Slurm saw a node fail",
-    "PREEMPTED": "the job was preempted",
+    "PREEMPTED": scontrol.PREEMPTED,
 }
 """What Slurm ends a job for by itself, without asking."""
 
@@ -77,8 +78,9 @@ class SlurmNodes:
 
     def end(self, outcome: Outcome) -> int:
         """Does to the Slurm job what the outcome asks for; the exit code where there is still a job to exit from."""
-        if outcome.kind == "requeue" and outcome.failure and self._lost_in_a_row() > _LOST_NODES_ALLOWED:
-            outcome = self._wrote(Outcome("failed", failure=outcome.failure, exclude=outcome.exclude))
+        if outcome.kind == "requeue" and (in_vain := self._in_vain()) > _REQUEUES_IN_VAIN:
+            cause = f"{in_vain} attempts in a row ended before their first training step: {outcome.reason}"
+            outcome = self._wrote(Outcome("failed", failure=outcome.failure or self._failure(cause)))
         print(outcome.sentence(), flush=True)
         if outcome.kind == "requeue":
             if refusal := scontrol.requeue(self._job_id, self._excluded()):
@@ -149,15 +151,24 @@ class SlurmNodes:
     def _submitit(self, name: str) -> Path:
         return Path(self._plan.run_dir) / "submitit" / f"{self._job_id}_{name}"
 
-    def _lost_in_a_row(self) -> int:
-        """How many attempts, up to this one, ended one after the other because a node was lost."""
+    def _in_vain(self) -> int:
+        """How many attempts, up to this one, were requeued one after the other without having made a training step."""
+        trained = self._attempts_with_a_step()
         number = self._context.attempt
-        while number > 0:
+        while number > 0 and number not in trained:
             outcome = Outcome.read(self._context.attempt_dir.with_name(str(number)))
-            if outcome is None or outcome.kind != "requeue" or outcome.failure is None:
+            if outcome is None or outcome.kind != "requeue" or outcome.reason == scontrol.PREEMPTED:
                 break
             number -= 1
         return self._context.attempt - number
+
+    def _attempts_with_a_step(self) -> set[int]:
+        try:
+            rows = (Path(self._plan.run_dir) / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+        except FileNotFoundError:
+            return set()
+        # The last row may be half written.
+        return {int(json.loads(row)["attempt"]) for row in rows if row.endswith(b"\n")}
 
     def _excluded(self) -> list[str]:
         """Hosts that the next attempt is to do without: the bad ones of all attempts, and the profile's own."""

@@ -135,3 +135,19 @@ def test_nodes_lost_three_times_in_a_row_fail_the_job(submit: Submit) -> None:
     run.freed(60)
     assert run.job.state == "FAILED"
     assert "role train, node train-0" in run.output().splitlines()[-1]
+
+
+def test_a_node_that_is_not_fit_is_left_out_before_anything_is_started(submit: Submit) -> None:
+    shrunk = "mount -o remount,size=64m /dev/shm"
+    run = submit([task("rank-0", FOREVER)], options={"begin": "now+1hour", "nodelist": "node2"})
+    assert run.cluster.on("node2", "sh", "-c", shrunk).returncode == 0
+    try:
+        run.cluster.slurm("scontrol", "update", f"JobId={run.id}", "StartTime=now")
+        run.until(lambda: run.events("unfit", attempt=1))
+        run.until(lambda: run.job.get_info()["State"] == "PENDING")
+        assert not run.events("started", attempt=1)
+        assert "/dev/shm has 64 MiB free, 256 are needed" in run.output()
+        told = run.cluster.slurm("scontrol", "show", "job", run.id)
+        assert "ExcNodeList=node2" in told
+    finally:
+        run.cluster.on("node2", "mount", "-o", "remount,size=1g", "/dev/shm")
