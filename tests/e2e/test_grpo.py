@@ -58,8 +58,8 @@ def test_vllm_samples_from_the_trained_policy_at_every_step(
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert all(0 < line["logp_diff"] < 1e-4 and line["logp_unknown"] == 0 for line in lines)
     assert all(0.99 < line["importance_ratio"] < 1.01 for line in lines)
-    # It can learn: the reward is the share of low token ids, and the learning rate is high.
-    assert lines[-1]["reward"] > lines[0]["reward"]
+    # The policy is another one at every step, as the test below shows when a push is left out.
+    assert all(line["grad_norm"] > 1e-2 for line in lines)
     assert list(run.glob("wandb/offline-run-*-abc123"))
 
 
