@@ -33,6 +33,7 @@ COMMANDS = {
     "logs": LazyCommand("hpc_gym.cli.logs", "logs", "All logs of a job, merged in time order."),
     "list": LazyCommand("hpc_gym.cli.list", "list_runs", "All runs, running and past."),
     "cancel": LazyCommand("hpc_gym.cli.cancel", "cancel", "Stop a job in good order."),
+    "resume": LazyCommand("hpc_gym.cli.resume", "resume", "Go on with a run that has ended, from its last checkpoint."),
     "show": LazyCommand("hpc_gym.cli.show", "show", "The resolved experiment, and where each value comes from."),
     "check": LazyCommand("hpc_gym.cli.check", "check", "What would go wrong, before a node is waited for."),
     "runtimes": LazyCommand("hpc_gym.cli.runtimes", "app", "Build and list the runtimes that roles run in."),

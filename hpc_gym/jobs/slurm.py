@@ -47,12 +47,17 @@ def cancel(record: JobRecord, kill: bool = False) -> None:
     KillWait is; one that waits, or any with `kill`, through Slurm.
     """
     if kill:
-        ask(["scancel", record.job_id])
+        cancel_job(record.job_id)
         return
     # scancel fails for a job that has ended, which is all that is wanted.
     for options in (["--state=PENDING"], ["--state=RUNNING", "--batch", "--signal=INT"]):
         with contextlib.suppress(UserError):
             ask(["scancel", *options, record.job_id])
+
+
+def cancel_job(job_id: str) -> None:
+    """Ends a job at once."""
+    ask(["scancel", job_id])
 
 
 def _components(command: list[str], job_ids: Sequence[str]) -> dict[str, list[str]]:

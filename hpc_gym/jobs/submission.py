@@ -38,12 +38,24 @@ def submit_request(request: Request, dump: Callable[[Path], None]) -> JobRecord:
     job_id = local.new_job_id() if plan.launch.kind == "local" else ""
     _make_run_directory(request, dump, job_id)
     try:
-        process = None
-        if plan.launch.kind == "local":
-            process = local.start(run_dir, job_id)
-        else:
-            job_id = slurm.submit(run_dir)
-            (run_dir / "submitit" / f"{job_id}_submitted.pkl").symlink_to("submitted.pkl")
+        record = start(request, job_id)
+    except BaseException:
+        # The scheduler's refusal, or Ctrl-C just now.
+        _undo(run_dir, plan, job_id)
+        raise
+    remember_runs_folder(run_dir.parent)
+    return record
+
+
+def start(request: Request, job_id: str) -> JobRecord:
+    """Starts the job of a run directory that is complete, and writes its record. `job_id`: of a local job."""
+    plan, run_dir = request.plan, Path(request.plan.run_dir)
+    process = None
+    if plan.launch.kind == "local":
+        process = local.start(run_dir, job_id)
+    else:
+        job_id = slurm.submit(run_dir)
+    try:
         record = JobRecord(
             job_id=job_id,
             kind=plan.launch.kind,
@@ -57,10 +69,9 @@ def submit_request(request: Request, dump: Callable[[Path], None]) -> JobRecord:
         )
         record.write()
     except BaseException:
-        # The scheduler's refusal, or Ctrl-C just now.
-        _undo(run_dir, plan, job_id)
+        if plan.launch.kind == "slurm":
+            slurm.cancel_job(job_id)
         raise
-    remember_runs_folder(run_dir.parent)
     return record
 
 
@@ -93,19 +104,25 @@ def _make_run_directory(request: Request, dump: Callable[[Path], None], job_id: 
 def _fill(folder: Path, request: Request) -> None:
     """Writes everything a job needs below `folder`."""
     plan = request.plan
-    (folder / "experiment.yaml").write_text(request.resolved())
-    (folder / "plan.json").write_text(plan.to_json())
-    script = folder / "job.sh"
-    script.write_text(render(plan))
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    write_job(folder, request)
     (folder / "submitit").mkdir()
     source = snapshot(folder / "code")
     (folder / "manifest.json").write_text(manifest(plan, request.argv, source))
-    _write_secrets(folder / "secrets", plan)
+    write_secrets(folder / "secrets", plan)
 
 
-def _write_secrets(folder: Path, plan: Plan) -> None:
+def write_job(folder: Path, request: Request) -> None:
+    """Writes what says what the job is: `experiment.yaml`, `plan.json` and `job.sh`."""
+    (folder / "experiment.yaml").write_text(request.resolved())
+    (folder / "plan.json").write_text(request.plan.to_json())
+    script = folder / "job.sh"
+    script.write_text(render(request.plan))
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+
+
+def write_secrets(folder: Path, plan: Plan) -> None:
     """The values of the secret environment variables that are set here, mode 0600 in a 0700 folder."""
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
     values = {name: os.environ[name] for name in plan.secrets if name in os.environ}
     descriptor = os.open(folder / SUBMITTED, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -117,8 +134,6 @@ def _undo(run_dir: Path, plan: Plan, job_id: str) -> None:
     record = JobRecord(job_id, plan.launch.kind, plan.name, str(run_dir), "", "", len(plan.nodes), 0.0)
     if plan.launch.kind == "local":
         local.kill(record)
-    elif job_id:
-        slurm.cancel(record, kill=True)
     _remove(run_dir)
 
 

@@ -1,0 +1,38 @@
+"""`hpc-gym resume`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hpc_gym.cli.arguments import Job, Json, Overrides
+
+
+def resume(
+    job: Job,
+    overrides: Overrides = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Show the job's stages until it ends. Ctrl-C detaches; the job goes on.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Go on with a run that has ended, from its last checkpoint: same directory, same code, same order of the data.
+
+    \b
+    hpc-gym resume latest
+    hpc-gym resume workplace nodes.rollout=2 cluster.slurm.time=48:00:00
+    """
+    from hpc_gym.jobs.resume import resume as resume_job
+
+    resumed = resume_job(job, overrides or ())
+    if as_json:
+        import json
+
+        typer.echo(json.dumps({"job_id": resumed.job_id, "name": resumed.record.name, "run_dir": str(resumed.run_dir)}))
+    else:
+        typer.echo(f"Submitted job {resumed.job_id}, which goes on with {resumed.run_dir}.")
+    if follow:
+        from hpc_gym.cli.live import follow_job
+
+        raise typer.Exit(follow_job(resumed.record))
