@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from hpc_gym.plan.plan import Plan
 
 # A local job inherits a login shell, of which only this is let through.
 _LET_THROUGH = re.compile(
     r"PATH|HOME|USER|LOGNAME|SHELL|LANG|LANGUAGE|TZ|LC_\w+|LD_LIBRARY_PATH|LIBRARY_PATH|CPATH|XDG_\w+|SSL_CERT_\w+"
-    r"|(?:CUDA|NVIDIA|NCCL|GLOO|UCX|ROCM|ROCR|HIP|HSA|OMP|MKL|KMP|OPENBLAS|TORCH|TRITON|VLLM|RAY|HF|TRANSFORMERS|UV)_\w+"
+    r"|(?:CUDA|NVIDIA|NCCL|GLOO|UCX|ROCM|ROCR|HIP|HSA|OMP|MKL|KMP|OPENBLAS|TORCH|TORCHINDUCTOR|TRITON|VLLM|RAY|HF|TRANSFORMERS|UV)_\w+"
 )
 # A Slurm job starts from --export=NONE: what is there was set by the site or by the profile's setup lines. These
 # still mislead.
@@ -36,4 +37,13 @@ def process_environment(
         and (plan.launch.kind == "slurm" or _LET_THROUGH.fullmatch(name))
     }
     kept.setdefault("PATH", os.defpath)
+    # Its default lies below TMPDIR, which goes with the attempt: vLLM would compile its first generation anew each
+    # time.
+    kept.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{_cache(inherited)}/torchinductor")
     return {**kept, "PYTHONUNBUFFERED": "1", **plan.env, **own, **secrets}
+
+
+def _cache(inherited: Mapping[str, str]) -> str:
+    """The folder that hpc-gym keeps what can be made again in, runtimes among it."""
+    home = inherited.get("XDG_CACHE_HOME") or str(Path(inherited.get("HOME") or Path.home()) / ".cache")
+    return inherited.get("HPC_GYM_CACHE") or f"{home}/hpc-gym"

@@ -74,6 +74,7 @@ def test_a_directory_without_a_plan_is_refused_with_a_sentence(tmp_path: Path) -
 
 LOGIN_SHELL = {
     "PATH": "/bin",
+    "HPC_GYM_CACHE": "/cache",
     "CUDA_VISIBLE_DEVICES": "0",
     "GITHUB_TOKEN": "x",
     "OPENAI_API_KEY": "x",
@@ -90,10 +91,11 @@ def test_a_local_process_inherits_little_of_a_login_shell(run_dir: Path) -> None
     plan = replace(make_plan(run_dir, ([task("rank-0", "pass")],)), secrets=("HF_TOKEN",), env={"A": "plan"})
     env = process_environment(plan, LOGIN_SHELL, {"HF_TOKEN": "of the file"}, {"B": "own"})
     expected = {"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "0", "A": "plan", "B": "own", "HF_TOKEN": "of the file"}
-    assert env == {**expected, "PYTHONUNBUFFERED": "1"}
+    assert env == {**expected, "PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_CACHE_DIR": "/cache/torchinductor"}
 
 
 def test_a_slurm_process_inherits_what_the_site_set_up(run_dir: Path) -> None:
     plan = replace(make_plan(run_dir, ([task("rank-0", "pass")],)), launch=Launch(kind="slurm"))
     env = process_environment(plan, LOGIN_SHELL, {}, {})
-    assert set(env) == {"PATH", "CUDA_VISIBLE_DEVICES", "SITE_VARIABLE", "SLURM_JOB_ID", "PYTHONUNBUFFERED"}
+    ours = {"PYTHONUNBUFFERED", "TORCHINDUCTOR_CACHE_DIR"}
+    assert set(env) == {"PATH", "CUDA_VISIBLE_DEVICES", "SITE_VARIABLE", "SLURM_JOB_ID", *ours}
