@@ -2,6 +2,8 @@
 
     python benchmarks/demo_seeds.py [--seeds 11 12 13 14 15] [--runs DIR]
 
+A run that is there already and completed is not repeated: remove `DIR/demo-seed-N` to run that seed again.
+
 Passes (exit code 0) when in every seed the 90 % interval of the paired gain over both environments together lies above
 zero, and in no seed an environment falls: its gain's interval lies below zero. Writes the table to
 `benchmarks/demo_seeds.md`.
@@ -10,7 +12,6 @@ zero, and in no seed an environment falls: its gain's interval lies below zero. 
 from __future__ import annotations
 
 import argparse
-import datetime
 import subprocess
 import sys
 from pathlib import Path
@@ -24,9 +25,10 @@ SEEDS = (11, 12, 13, 14, 15)
 
 def run(seed: int, runs: Path) -> Report:
     """One demo, to its end. Raises CalledProcessError when its job or an evaluation failed."""
-    name = f"demo-seed-{seed}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    command = [sys.executable, "-m", "hpc_gym.cli.main", "demo", "--seed", str(seed), "--run-name", name]
-    subprocess.run([*command, f"cluster.runs_dir={runs}"], check=True)
+    name = f"demo-seed-{seed}"
+    if not (runs / name / "report.json").exists():
+        command = [sys.executable, "-m", "hpc_gym.cli.main", "demo", "--seed", str(seed), "--run-name", name]
+        subprocess.run([*command, f"cluster.runs_dir={runs}"], check=True)
     return report(runs / name)
 
 
