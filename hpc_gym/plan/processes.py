@@ -21,9 +21,9 @@ BASE = "base"
 
 # What a laptop can spare; vLLM would take most of the memory that is free.
 _CPU_KV_CACHE_BYTES = 1 << 30
-# One worker needs no process of its own. vLLM 0.32 turns the short name "uni" back into "mp" on CPU (platforms/cpu.py), and "mp"
-# lets engine and worker spin for a second after every message (shm_broadcast.py), on cores that others need here. Measured on
-# two cores with the demo's model: ready after 16 s instead of 34 s.
+# One worker needs no process of its own. vLLM 0.32 turns the short name "uni" back into "mp" on CPU (platforms/cpu.py),
+# and "mp" lets engine and worker spin for a second after every message (shm_broadcast.py), on cores that others need
+# here. Measured on two cores with the demo's model: ready after 16 s instead of 34 s.
 _CPU_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
@@ -137,8 +137,8 @@ def _vllm(experiment: Experiment, names: Names, replica: int, model: str) -> Pro
         "VLLM_RPC_BASE_PATH": "{private_dir}",
     }
     if experiment.runtimes.device == "cpu":
-        # vLLM's own binding leaves a core to its API server and takes the rest, whatever else runs there. OpenMP threads spin
-        # while they wait for each other: more than one pays for large models only (`cluster.role_env.rollout` sets it).
+        # vLLM's own binding leaves a core to its API server and takes the rest, whatever else runs there. OpenMP threads
+        # spin while they wait for each other: more than one pays for large models only (`cluster.role_env.rollout`).
         env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     else:
         size = gpus_per_replica(experiment)
