@@ -137,8 +137,8 @@ def _vllm(experiment: Experiment, names: Names, replica: int, model: str) -> Pro
         "VLLM_RPC_BASE_PATH": "{private_dir}",
     }
     if experiment.runtimes.device == "cpu":
-        # vLLM's own binding leaves a core to its API server and takes the rest, whatever else runs there. OpenMP threads
-        # spin while they wait for each other: more than one pays for large models only (`cluster.role_env.rollout`).
+        # vLLM's own binding leaves a core to its API server and takes the rest, whatever else runs there. OpenMP
+        # threads spin while they wait for each other: more than one pays for large models (`cluster.role_env.rollout`).
         env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     else:
         size = gpus_per_replica(experiment)
