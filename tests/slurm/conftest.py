@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -25,13 +26,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def slurm_session() -> Iterator[Cluster]:
-    """The cluster of this test session. With HPC_GYM_REQUIRE_SLURM=1 a machine that cannot have one fails the tests."""
+    """The cluster of this test session.
+
+    With HPC_GYM_REQUIRE_SLURM=1 a machine that cannot have one fails the tests. HPC_GYM_SLURM_SETTINGS changes its
+    `Settings`, as to production timers: '{"kill_wait": 30, "slurmd_timeout": 300}'.
+    """
     reason = why_not()
     if reason and os.environ.get("HPC_GYM_REQUIRE_SLURM") != "1":
         pytest.skip(f"no Slurm cluster: {reason}")
     cluster = Cluster(Path(tempfile.mkdtemp(prefix="hpc-gym-slurm-")))
     try:
-        cluster.up()
+        cluster.up(**json.loads(os.environ.get("HPC_GYM_SLURM_SETTINGS", "{}")))
         yield cluster
     finally:
         cluster.down(purge=True)

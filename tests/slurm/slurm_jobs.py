@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,19 @@ class SlurmJob:
         """Waits until no node belongs to a job any more; returns when."""
         self.until(lambda: not self.cluster.slurm("squeue", "-h", "-o", "%i").strip(), within_s)
         return time.time()
+
+    def figure(self, event: str, seconds: float, within: float) -> None:
+        """Holds a measured time against its promise; with HPC_GYM_FIGURES=FILE also notes it there."""
+        if path := os.environ.get("HPC_GYM_FIGURES"):
+            figure = {"event": event, "seconds": seconds, "within": within, **asdict(self.cluster.settings())}
+            with Path(path).open("a") as file:
+                file.write(json.dumps(figure) + "\n")
+        assert seconds < within, f"{event}: {seconds:.1f} s\n{self.story()}"
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which a job has come back from whatever happened to a node."""
+        return 90 + self.cluster.settings().slurmd_timeout
 
     def left(self) -> dict[str, list[str]]:
         """Processes on the nodes."""

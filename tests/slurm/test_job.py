@@ -28,7 +28,7 @@ def test_training_ends_well_the_servers_are_stopped_and_the_nodes_are_free_withi
     run.all_started()
     run.until(lambda: len(run.events("exited")) == 2)
     ended = max(event["time"] for event in run.events("exited"))
-    assert run.freed() - ended < 10
+    run.figure("training ends: nodes free", run.freed() - ended, within=10)
     assert run.job.state == "COMPLETED"
     assert run.output().splitlines()[-1] == "COMPLETED"
     assert run.left() == {}
@@ -51,7 +51,7 @@ def test_a_killed_process_fails_the_job_which_says_role_node_process_cause_and_l
     )
     run.all_started()
     killed = run.kill(node, process)
-    assert run.freed() - killed < 10
+    run.figure(f"{process} killed: nodes free", run.freed() - killed, within=10)
     assert run.job.state == "FAILED"
     role = node.partition("-")[0]
     sentence = run.output().splitlines()[-1]
@@ -66,7 +66,7 @@ def test_scancel_leaves_nothing(submit: Submit) -> None:
     run.all_started()
     begin = time.time()
     run.cluster.slurm("scancel", run.id)
-    assert run.freed() - begin < 10
+    run.figure("scancel: nodes free", run.freed() - begin, within=10)
     assert run.job.state == "CANCELLED"
     assert run.left() == {}
     assert run.output().splitlines()[-1].startswith("CANCELLED")

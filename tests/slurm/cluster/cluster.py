@@ -104,7 +104,7 @@ class Cluster:
 
     @property
     def node_names(self) -> list[str]:
-        return [f"node{number}" for number in range(1, self._settings().nodes + 1)]
+        return [f"node{number}" for number in range(1, self.settings().nodes + 1)]
 
     def up(self, **changes: int | str) -> None:
         """Start the cluster with these `Settings`, or what of it has died; `changes` count for a fresh start only."""
@@ -195,7 +195,8 @@ class Cluster:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def _settings(self) -> Settings:
+    def settings(self) -> Settings:
+        """How the living cluster was made."""
         return Settings(**json.loads((self.directory / "run" / "settings.json").read_text()))
 
     def _network(self) -> int:
@@ -271,7 +272,7 @@ class Cluster:
         if (self.directory / "run" / "network").exists():
             bridge = f"hgs{self._network()}"
             subprocess.run(["ip", "link", "del", bridge], capture_output=True)
-            if self._settings().hosts:
+            if self.settings().hosts:
                 write_hosts(bridge, "")
         for folder in ("run", "spool", "mysql", "nodes", "munge", "etc", "bin", "dev"):
             shutil.rmtree(self.directory / folder, ignore_errors=True)
@@ -280,7 +281,7 @@ class Cluster:
     # ---- hosts and daemons ---------------------------------------------------------------------------------------
 
     def _start_what_is_missing(self) -> None:
-        settings = self._settings()
+        settings = self.settings()
         if settings.hosts:
             write_hosts(f"hgs{self._network()}", (self.directory / "etc" / "hosts").read_text())
         for name in ("head", *self.node_names):
