@@ -81,11 +81,17 @@ def _prepare(seed: int, eval_rows: int) -> list[str]:
         try:
             build(names, built)
             making.wait()
+            inputs.write_rows()
+            return inputs.overrides(eval_rows)
+        except OSError as error:
+            making.cancel()
+            raise UserError(
+                f"the demo's model and rows can't be written to {inputs.folder}: {error.strerror or error}. "
+                "Make room there, or set HPC_GYM_CACHE to another folder."
+            ) from error
         except BaseException:
             making.cancel()
             raise
-    inputs.write_rows()
-    return inputs.overrides(eval_rows)
 
 
 def _runs_dir(overrides: Sequence[str]) -> Path:

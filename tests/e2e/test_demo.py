@@ -39,7 +39,7 @@ print(json.dumps([tokenizer.decode(said), model.num_parameters()]))
 
 def environment(folder: Path) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    return inherited | {"XDG_STATE_HOME": str(folder / "state"), "PYTHONPATH": str(Path.cwd())}
+    return inherited | {"XDG_STATE_HOME": str(folder / "state")}
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

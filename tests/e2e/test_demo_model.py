@@ -15,6 +15,7 @@ from hpc_gym.runtimes.spec import spec_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 LOOK = """
 import json, random, torch
 from hpc_gym.data import demo_rows
@@ -46,7 +47,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
     command = [str(spec_of(TRAIN_RUNTIME).python), "-c", LOOK]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
     assert ran.returncode == 0, ran.stderr
@@ -60,11 +61,11 @@ def test_the_preamble_for_tools_is_a_few_tokens(found: dict[str, Any]) -> None:
 
 def test_only_the_policys_turns_are_learnt(found: dict[str, Any]) -> None:
     call = '<tool_call>\n{{"name": "{}", "arguments": {}}}\n</tool_call><|im_end|>'
-    numbers = [line for line in found["spoken"]["example_session_state_mgmt"].split("<|im_end|>") if line]
-    assert len(numbers) == 4
-    assert found["spoken"]["example_session_state_mgmt"].count("increment_counter") == 2
-    assert call.format("get_counter_value", "{}") in found["spoken"]["example_session_state_mgmt"]
-    assert "tool_response" not in found["spoken"]["example_session_state_mgmt"]
+    counter = found["spoken"]["example_session_state_mgmt"]
+    assert len([turn for turn in counter.split("<|im_end|>") if turn]) == 4
+    assert counter.count("increment_counter") == 2
+    assert call.format("get_counter_value", "{}") in counter
+    assert "tool_response" not in counter
     assert found["spoken"]["reasoning_gym"].removesuffix("<|im_end|>").lstrip("-").isdigit()
 
 
