@@ -149,9 +149,20 @@ class Tracking(Section):
 
 
 class Judge(Section):
-    """A frozen model that verifies. Reserved: no role serves it yet."""
+    """A frozen model that verifies: `model`, which the job serves, or `url`, an address outside."""
 
-    model: _Text
+    model: _Text | None = None
+    """Folder, or name on the hub (then it must be in the cache: a job never downloads)."""
+    vllm: dict[str, Any] = Field(default_factory=dict)
+    """Options of its `vllm serve` by their own names. Its GPUs are the last ones of each rollout node."""
+    placement: Literal["rollout", "nodes"] = "rollout"
+    """rollout: one on each rollout node; nodes: on nodes of its own."""
+    url: _Text | None = None
+    """An OpenAI-compatible address (`https://HOST/v1`)."""
+    model_name: _Text | None = None
+    """What the model is called there."""
+    api_key_env: _Text | None = None
+    """Environment variable that holds the key of that address; it travels with `secrets`."""
 
 
 class Runtimes(Section):
@@ -206,6 +217,8 @@ class Cluster(Section):
     slurm: Slurm
     srun: dict[str, Directive]
     """Options of the one `srun` that starts a supervisor on every node, by their own names."""
+    chain: _Count
+    """Jobs submitted ahead, each to go on where the one before stopped, for sites that refuse `scontrol requeue`."""
     setup: list[_Text]
     """Shell lines that the job script runs first; what they export reaches all nodes."""
     env: dict[str, str]

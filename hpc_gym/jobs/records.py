@@ -47,6 +47,12 @@ class JobRecord:
     """Seconds since the epoch."""
     process: ProcessIdentity | None = None
     """The process of a local job's script."""
+    chain: tuple[str, ...] = ()
+    """Ids of the Slurm jobs that wait to go on where `job_id` stops, in order."""
+
+    @property
+    def job_ids(self) -> tuple[str, ...]:
+        return (self.job_id, *self.chain)
 
     def write(self) -> None:
         """Writes `job.json` so that a reader sees all of it or nothing."""
@@ -64,6 +70,7 @@ class JobRecord:
         data = json.loads((Path(run_dir) / RECORD).read_bytes())
         try:
             process = data.pop("process")
+            data["chain"] = tuple(data.get("chain", ()))
             data["run_dir"] = str(Path(run_dir).resolve())
             return cls(**data, process=ProcessIdentity(**process) if process else None)
         except (TypeError, KeyError, AttributeError) as error:
@@ -124,7 +131,7 @@ def find(job: str = "latest") -> JobRecord:
             raise UserError(str(error)) from None
     records = all_records()
     for record in records:
-        if job == "latest" or job in (record.job_id, record.name):
+        if job == "latest" or job in (*record.job_ids, record.name):
             return record
     with contextlib.suppress(OSError, ValueError):
         return JobRecord.read(job)

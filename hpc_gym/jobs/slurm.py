@@ -17,11 +17,15 @@ from hpc_gym.jobs.records import JobRecord
 _LONG_STATES = {"COMPLETING": "RUNNING", "CONFIGURING": "PENDING", "REQUEUE_HOLD": "PENDING", "SUSPENDED": "RUNNING"}
 
 
-def submit(run_dir: Path) -> str:
-    """Hands `job.sh` to sbatch and returns the job id (of the leader, for a heterogeneous job)."""
+def submit(run_dir: Path, after: str | None = None) -> str:
+    """Hands `job.sh` to sbatch and returns the job id (of the leader, for a heterogeneous job).
+
+    `after`: the job that it goes on with; it starts when that one has not ended well, and vanishes when it has.
+    """
     # SBATCH_PARTITION and the like win over the script's directives: what is submitted is the script.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SBATCH_")}
-    answer = ask(["sbatch", "--parsable", str(run_dir / "job.sh")], environment)
+    options = [f"--dependency=afternotok:{after}", "--kill-on-invalid-dep=yes"] if after else []
+    answer = ask(["sbatch", "--parsable", *options, str(run_dir / "job.sh")], environment)
     job_id = answer.strip().splitlines()[-1].split(";")[0]
     if not job_id.isdigit():
         raise UserError(f"sbatch answered {answer.strip()!r} instead of a job id")
@@ -30,7 +34,22 @@ def submit(run_dir: Path) -> str:
 
 def state(record: JobRecord) -> str:
     """State of the job in Slurm's words; UNKNOWN when neither the queue nor the accounting knows it."""
-    return states([record.job_id]).get(record.job_id, "UNKNOWN")
+    return states_of([record])[record.run_dir]
+
+
+def states_of(records: Sequence[JobRecord]) -> dict[str, str]:
+    """State of each job by run directory; of a chain, that of the link that lives, or of the last that ran."""
+    found = states([job_id for record in records for job_id in record.job_ids]) if records else {}
+    return {
+        record.run_dir: _of_chain([found[job_id] for job_id in record.job_ids if job_id in found]) for record in records
+    }
+
+
+def _of_chain(links: list[str]) -> str:
+    live = [state for state in links if state in ("RUNNING", "PENDING", "REQUEUED")]
+    # A link that was not needed any more is CANCELLED, without having run.
+    ran = [state for state in links if state != "CANCELLED"]
+    return (sorted(live, key="RUNNING".__ne__) or ran[-1:] or links or ["UNKNOWN"])[0]
 
 
 def states(job_ids: Sequence[str]) -> dict[str, str]:
@@ -47,17 +66,17 @@ def cancel(record: JobRecord, kill: bool = False) -> None:
     KillWait is; one that waits, or any with `kill`, through Slurm.
     """
     if kill:
-        cancel_job(record.job_id)
+        cancel_jobs(record.job_ids)
         return
     # scancel fails for a job that has ended, which is all that is wanted.
     for options in (["--state=PENDING"], ["--state=RUNNING", "--batch", "--signal=INT"]):
         with contextlib.suppress(UserError):
-            ask(["scancel", *options, record.job_id])
+            ask(["scancel", *options, *record.job_ids])
 
 
-def cancel_job(job_id: str) -> None:
-    """Ends a job at once."""
-    ask(["scancel", job_id])
+def cancel_jobs(job_ids: Sequence[str]) -> None:
+    """Ends jobs at once."""
+    ask(["scancel", *job_ids])
 
 
 def _components(command: list[str], job_ids: Sequence[str]) -> dict[str, list[str]]:

@@ -36,7 +36,8 @@ def sbatch_options(plan: Plan) -> list[Directives]:
                 # B: to the batch script alone. A step's signals may reach every process, and SIGUSR2 kills most.
                 "signal": f"B:USR2@{max(1, round(plan.supervision.time_limit_margin_s))}",
             }
-        components.append(_directives({**own, "requeue": True}))
+        # In a chain the next job goes on; one that were requeued too would meet it in the same directory.
+        components.append(_directives({**own, "no-requeue" if plan.launch.chain else "requeue": True}))
     return components
 
 

@@ -48,8 +48,7 @@ def states(records: Iterable[JobRecord]) -> dict[str, str]:
             found[record.run_dir] = _OF_OUTCOME[outcome.kind]
         else:
             ask.append(record)
-    answers = slurm.states([record.job_id for record in ask]) if ask else {}
-    return found | {record.run_dir: answers.get(record.job_id, "UNKNOWN") for record in ask}
+    return found | slurm.states_of(ask)
 
 
 def _local(record: JobRecord) -> str:

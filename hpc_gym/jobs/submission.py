@@ -51,11 +51,14 @@ def start(request: Request, job_id: str) -> JobRecord:
     """Starts the job of a run directory that is complete, and writes its record. `job_id`: of a local job."""
     plan, run_dir = request.plan, Path(request.plan.run_dir)
     process = None
-    if plan.launch.kind == "local":
-        process = local.start(run_dir, job_id)
-    else:
-        job_id = slurm.submit(run_dir)
+    jobs: list[str] = []
     try:
+        if plan.launch.kind == "local":
+            process = local.start(run_dir, job_id)
+        else:
+            for _ in range(1 + plan.launch.chain):
+                jobs.append(slurm.submit(run_dir, after=jobs[-1] if jobs else None))
+            job_id = jobs[0]
         record = JobRecord(
             job_id=job_id,
             kind=plan.launch.kind,
@@ -66,11 +69,12 @@ def start(request: Request, job_id: str) -> JobRecord:
             nodes=len(plan.nodes),
             submitted=time.time(),
             process=process,
+            chain=tuple(jobs[1:]),
         )
         record.write()
     except BaseException:
-        if plan.launch.kind == "slurm":
-            slurm.cancel_job(job_id)
+        if jobs:
+            slurm.cancel_jobs(jobs)
         raise
     return record
 

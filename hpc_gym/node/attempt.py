@@ -20,6 +20,7 @@ from hpc_gym.errors import UserError
 from hpc_gym.node.context import node_address, secrets_path
 from hpc_gym.node.ports import Ports
 from hpc_gym.plan.plan import Plan
+from hpc_gym.protocol.attempt import Outcome
 from hpc_gym.protocol.secrets import Secrets, write_secrets
 
 SUBMITTED = "submitted.json"
@@ -45,6 +46,14 @@ def begin(run_dir: Path, environment: Mapping[str, str] = os.environ) -> dict[st
     port = ports.single()
     ports.release()
     return {"HPC_GYM_ATTEMPT": str(attempt), "HPC_GYM_COORDINATOR": f"{address}:{port}"}
+
+
+def _has_ended(run_dir: Path) -> str:
+    """Why a job of a chain has nothing left to do; "" where it has."""
+    outcome = Outcome.read(run_dir / "attempts" / "latest")
+    if outcome is None or outcome.kind == "requeue":
+        return ""
+    return f"nothing to go on with: the run has ended. {outcome.sentence()}"
 
 
 def end(run_dir: Path) -> None:
@@ -88,6 +97,9 @@ def _make_secrets(plan: Plan, run_dir: Path, attempt: int, environment: Mapping[
 def main() -> int:
     """Prints the exports, and unsets what now travels in the secrets file. Returns the exit code."""
     run_dir = Path(sys.argv[1]).resolve()
+    if ended := _has_ended(run_dir):
+        print(f"echo {shlex.quote(ended)}; exit 0")
+        return 0
     try:
         exports = begin(run_dir)
     except UserError as error:

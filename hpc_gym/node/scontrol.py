@@ -65,9 +65,9 @@ def requeue(job_id: str, exclude: Sequence[str]) -> str:
     return ""
 
 
-def cancel(job_id: str) -> None:
-    """Ends the job as CANCELLED."""
-    _run(["scancel", job_id])
+def cancel(job_ids: Sequence[str]) -> None:
+    """Ends jobs as CANCELLED; those that have ended stay as they are."""
+    _run(["scancel", *job_ids])
 
 
 def excluded(job_id: str) -> list[str]:

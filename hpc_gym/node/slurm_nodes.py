@@ -83,14 +83,23 @@ class SlurmNodes:
             outcome = self._wrote(Outcome("failed", failure=outcome.failure or self._failure(cause)))
         print(outcome.sentence(), flush=True)
         if outcome.kind == "requeue":
-            if refusal := scontrol.requeue(self._job_id, self._excluded()):
+            if self._plan.launch.chain:
+                print("the next job of the chain goes on from the last checkpoint", flush=True)
+            elif refusal := scontrol.requeue(self._job_id, self._excluded()):
                 print(f"Slurm does not requeue job {self._job_id}: {refusal}", flush=True)
                 print(f"`hpc-gym resume {self._plan.name}` goes on from the last checkpoint", flush=True)
             return outcome.exit_code
         attempts.end(Path(self._plan.run_dir))
+        self._end_chain()
         if outcome.kind == "cancelled" and scontrol.standing(self._job_id).state == "RUNNING":
-            scontrol.cancel(self._job_id)
+            scontrol.cancel([self._job_id])
         return outcome.exit_code
+
+    def _end_chain(self) -> None:
+        """Cancels the jobs that wait to go on: there is nothing left to do."""
+        if self._plan.launch.chain:
+            record = json.loads((Path(self._plan.run_dir) / "job.json").read_text())
+            scontrol.cancel([job_id for job_id in record["chain"] if job_id != self._job_id])
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self._to_forward.append(signal.Signals(number).name)

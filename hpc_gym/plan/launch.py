@@ -35,6 +35,7 @@ def launch(experiment: Experiment) -> Launch:
         options=common,
         components=components,
         srun=_directives(cluster.srun),
+        chain=cluster.chain,
         setup=tuple(cluster.setup),
         network_interface=cluster.network_interface,
         scratch=cluster.scratch,

@@ -169,6 +169,19 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Judge:
+    """A frozen model that verifies, as the rollout server finds it."""
+
+    model_name: str
+    timeout_s: float
+    """How long it may take for one answer."""
+    url: str | None = None
+    """OpenAI-compatible address outside; None: a vLLM of this node, on `{private_dir}/judge.sock`."""
+    api_key_env: str | None = None
+    """Name of the secret that opens the address."""
+
+
+@dataclass(frozen=True)
 class RolloutSettings:
     """What a rollout server needs."""
 
@@ -179,6 +192,7 @@ class RolloutSettings:
     """Rollouts in flight per rollout server; the rest wait in its queue."""
     replicas: int
     """vLLM replicas per rollout node; replica k listens on `{private_dir}/vllm-k.sock`."""
+    judge: Judge | None = None
 
 
 @dataclass(frozen=True)
@@ -239,6 +253,8 @@ class Launch:
     """More options of the one srun."""
     setup: tuple[str, ...] = ()
     """Shell lines of the cluster profile, run first by the job script; what they export reaches all nodes."""
+    chain: int = 0
+    """Jobs that are submitted with this one, each to go on where the one before stopped; 0: the job is requeued."""
     network_interface: str | None = None
     scratch: str | None = None
     """Node-local directory for private files; None: the node's temporary directory."""

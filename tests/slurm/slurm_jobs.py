@@ -126,10 +126,13 @@ def submit(slurm_cluster: Cluster, shared: Path) -> Iterator[Callable[..., Slurm
         secrets: tuple[str, ...] = (),
         runtime: Runtime | None = None,
         setup: tuple[str, ...] = (),
+        chain: int = 0,
         **supervision: float,
     ) -> SlurmJob:
         rollout, train = (nodes[0], nodes[1:]) if nodes[0][0].role == "rollout" else ((), nodes)
-        launch = Launch(kind="slurm", options={"time": 5, **(options or {})}, components=components, setup=setup)
+        launch = Launch(
+            kind="slurm", options={"time": 5, **(options or {})}, components=components, setup=setup, chain=chain
+        )
         plan = job_plans.plan(shared / f"run-{len(jobs)}", rollout, train, launch, secrets=secrets)
         separate = bool(components)
         plan = replace(

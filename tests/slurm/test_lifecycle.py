@@ -142,6 +142,27 @@ def test_nodes_lost_three_times_in_a_row_fail_the_job(submit: Submit) -> None:
     assert "role train, node train-0" in run.output().splitlines()[-1]
 
 
+def test_where_requeues_are_not_allowed_the_next_job_of_a_chain_goes_on_and_the_rest_vanish(submit: Submit) -> None:
+    run = small_job(submit, chain=2)
+    first, second, third = run.job.record.job_ids
+    run.cluster.slurm("scancel", "--batch", "--signal=USR2", first)
+    run.until(lambda: run.events("joined", attempt=2), 60)
+    assert run.job.get_info()["State"] == "RUNNING"
+    run.freed()
+    assert run.job.get_info()["State"] == "COMPLETED", run.story()
+    states = run.cluster.slurm("squeue", "-h", "-t", "all", "-o", "%i %T").splitlines()
+    assert {f"{first} FAILED", f"{second} COMPLETED", f"{third} CANCELLED"} <= set(states)
+    assert not run.attempt(3).exists()
+
+
+def test_cancel_ends_a_chain(submit: Submit) -> None:
+    run = small_job(submit, chain=2)
+    run.job.cancel()
+    run.freed()
+    assert run.job.get_info()["State"] == "CANCELLED", run.story()
+    assert not run.attempt(2).exists()
+
+
 def test_a_node_that_is_not_fit_is_left_out_before_anything_is_started(submit: Submit) -> None:
     shrunk = "mount -o remount,size=64m /dev/shm"
     run = submit([task("rank-0", FOREVER)], options={"begin": "now+1hour", "nodelist": "node2"})

@@ -45,3 +45,9 @@ def test_options_of_srun_are_checked_where_they_are_written(project: Project) ->
     assert "'mpi'" in project.refused("cluster.srun.mpii=none")
     launch = project.plan("cluster.srun.mpi=pmix", "cluster.kind=slurm").launch
     assert launch.srun == {"mpi": "pmix"}
+
+
+def test_the_jobs_of_a_chain_are_not_requeued_as_well(tmp_path: Path) -> None:
+    (options,) = sbatch_options(plan(tmp_path, train=[[]], launch=Launch(kind="slurm", chain=2)))
+    assert "no-requeue" in options
+    assert "requeue" not in options
