@@ -27,6 +27,14 @@ FOREVER = "import time; print('here', flush=True); time.sleep(600)"
 SUPERVISION = {"time_limit_margin_s": 30.0, "node_silent_s": 10.0}
 
 
+@dataclass(frozen=True)
+class Listener:
+    """A port that others can connect to, and the program that holds it."""
+
+    port: int
+    program: str
+
+
 @dataclass
 class SlurmJob:
     """A submitted job and the cluster it runs on."""
@@ -78,6 +86,19 @@ class SlurmJob:
     def host(self, node: str, attempt: int = 1) -> str:
         """Host name of a node of the plan, as `train-0`."""
         return str(next(each for each in self.events("joined", attempt=attempt) if each["node"] == node)["host"])
+
+    def address(self, node: str, attempt: int = 1) -> str:
+        return str(next(each for each in self.events("joined", attempt=attempt) if each["node"] == node)["address"])
+
+    def listening(self, host: str) -> list[Listener]:
+        """What listens on a host where other nodes reach it."""
+        found = []
+        for line in self.cluster.on(host, "ss", "-Htlnp").stdout.splitlines():
+            fields = line.split()
+            address, _, port = fields[3].rpartition(":")
+            if not address.startswith(("127.", "[::1]")):
+                found.append(Listener(int(port), fields[5].split('"')[1] if len(fields) > 5 else ""))
+        return found
 
     def kill(self, node: str, process: str, attempt: int = 1) -> float:
         """Kills a process with SIGKILL and returns when."""

@@ -65,14 +65,6 @@ def rows(run: SlurmJob) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def reaches(run: SlurmJob, node: str) -> list[str]:
-    """What listens on a node where other nodes reach it: `address:port program`."""
-    listed = run.cluster.on(run.host(node), "ss", "-Htlnp").stdout.splitlines()
-    fields = [line.split() for line in listed]
-    outside = [each for each in fields if not each[3].startswith(("127.", "[::1]"))]
-    return [f"{each[3]} {each[5].split(chr(34))[1] if len(each) > 5 else '?'}" for each in outside]
-
-
 def refused(address: str, path: str) -> int:
     """The status with which an endpoint answers whoever has no token."""
     try:
@@ -92,7 +84,7 @@ def test_the_demo_trains_over_nodes_survives_the_loss_of_one_and_shows_outside_o
     assert len({run.host(node) for node in ("rollout-0", "train-0", "train-1")}) == 3
 
     for node in ("rollout-0", "train-0", "train-1"):
-        print(node, reaches(run, node))
+        print(node, run.listening(run.host(node)))
     run.until(lambda: (run.run_dir / "checkpoints" / "checkpoint-2" / "complete.json").exists(), within_s=120)
     lost = run.host("train-1")
     crashed = time.time()
