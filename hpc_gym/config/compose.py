@@ -50,6 +50,8 @@ def compose(experiment: str | Path, overrides: Sequence[str] = (), cluster: str 
     file = find_experiment(experiment)
     base = shipped("configs").resolve() / "base.yaml"
     composed = Composed(file, {}, Provenance())
+    # What nothing sets is missing in the user's own file.
+    composed.provenance.record((), Setting(value={}, file=file, line=1))
     _add(read_document(base), composed)
     for document in _in_order(file, cluster):
         _add(document, composed)

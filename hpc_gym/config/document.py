@@ -39,7 +39,9 @@ class Document:
 
 
 def read_document(file: Path) -> Document:
-    """The YAML file. Raises UserError naming the line when it is no YAML, no mapping, or sets a key twice."""
+    """The YAML file. Raises UserError naming the line when it is no YAML, no mapping, sets a key twice, or holds an
+    anchor inside itself.
+    """
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -54,9 +56,10 @@ def read_document(file: Path) -> Document:
         if not isinstance(node, yaml.MappingNode):
             raise UserError(f"{display(file)}:{_line(node)}: the file must hold `key: value` pairs at its top level.")
         lines: dict[KeyPath, int] = {(): 1}
+        _refuse_circles(node, (), file)
         tree = _build(node, (), lines, loader, file)
     except yaml.YAMLError as error:
-        raise _syntax_error(file, error) from None
+        raise _syntax_error(file, text, error) from None
     finally:
         loader.dispose()
     return Document(file, tree, lines)
@@ -95,9 +98,23 @@ def _build(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], loader: An
     return loader.construct_object(node, deep=True)
 
 
+def _refuse_circles(node: yaml.Node, around: tuple[yaml.Node, ...], file: Path) -> None:
+    """`around`: the sections and lists that `node` lies in."""
+    if any(each is node for each in around):
+        raise UserError(
+            f"{display(file)}:{_line(node)}: the section's anchor (&) is used (*) inside the section itself."
+        )
+    if isinstance(node, yaml.CollectionNode):
+        children = [each for pair in node.value for each in pair] if isinstance(node, yaml.MappingNode) else node.value
+        for child in children:
+            _refuse_circles(child, (*around, node), file)
+
+
 def _refuse_repeated_keys(node: yaml.MappingNode, file: Path) -> None:
     first: dict[str, int] = {}
     for key_node, _ in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise UserError(f"{display(file)}:{_line(key_node)}: a key must be text, not a list or a section.")
         if key_node.value in first:
             raise UserError(
                 f"{display(file)}:{_line(key_node)}: '{key_node.value}' is set twice in one section "
@@ -111,8 +128,13 @@ def _line(node: yaml.Node) -> int:
     return line + 1
 
 
-def _syntax_error(file: Path, error: yaml.YAMLError) -> UserError:
+def _syntax_error(file: Path, text: str, error: yaml.YAMLError) -> UserError:
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
     where = f"{display(file)}:{mark.line + 1}" if mark else display(file)
+    lines = text.splitlines()
+    if mark and mark.line < len(lines) and lines[mark.line][mark.column :].startswith("\t"):
+        problem = "a tab stands here, and YAML indents with blanks only"
+    elif "another document" in problem:
+        problem = "a second document begins here ('---'), and an experiment is one"
     return UserError(f"{where}: not YAML: {problem}.")

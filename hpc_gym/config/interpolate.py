@@ -21,9 +21,11 @@ def interpolate(tree: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    problems = _unreadable(tree, paths)
+    if problems:
+        return tree, problems
     lazy = OmegaConf.create(tree)
     result = copy.deepcopy(tree)
-    problems: list[Problem] = []
     for path in paths:
         try:
             node: Any = lazy
@@ -38,6 +40,25 @@ def interpolate(tree: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
         value = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
         _set(result, path, value)
     return result, problems
+
+
+def _unreadable(tree: dict[str, Any], paths: list[KeyPath]) -> list[Problem]:
+    """What OmegaConf cannot read at all: one such value would keep it from reading the others."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import GrammarParseError
+
+    problems = []
+    for path in paths:
+        text: Any = tree
+        for part in path:
+            text = text[part]
+        try:
+            OmegaConf.create({"value": text})
+        except GrammarParseError:
+            problems.append(
+                Problem(path, f"'{text}' is no interpolation: write ${{KEY}}, or \\${{ for text that holds '${{'.")
+            )
+    return problems
 
 
 def _interpolated(value: Any, path: KeyPath) -> list[KeyPath]:
@@ -58,12 +79,25 @@ def _sentence(error: Exception, tree: dict[str, Any]) -> str:
     _, _, missing = text.partition("Interpolation key '")
     if missing:
         name = missing.split("'")[0]
-        keys = [".".join(map(str, path)) for path in _keys(tree, ())]
-        return f"'${{{name}}}' names no key; {nearest(name, keys)}"
+        return f"'${{{name}}}' names no key; {_nearest_key(name, tree)}"
     if "Environment variable" in text:
         name = text.split("'")[1]
         return f"the environment variable {name} is not set; set it, or give a default: ${{oc.env:{name},DEFAULT}}."
     return f"the interpolation cannot be resolved: {text}."
+
+
+def _nearest_key(name: str, tree: dict[str, Any]) -> str:
+    """The key most like `name`, or else those of the section that `name` leads into: all of a tree helps nobody."""
+    keys = [".".join(map(str, path)) for path in _keys(tree, ())]
+    hint = nearest(name, keys)
+    if hint.startswith("did you mean"):
+        return hint
+    section, prefix = tree, ""
+    for part in name.split(".")[:-1]:
+        if not isinstance(section.get(part), dict):
+            break
+        section, prefix = section[part], f"{prefix}{part}."
+    return nearest(name, [f"{prefix}{key}" for key in section])
 
 
 def _keys(value: Any, path: KeyPath) -> list[KeyPath]:

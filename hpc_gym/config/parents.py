@@ -27,7 +27,8 @@ def find_experiment(experiment: str | Path) -> Path:
     if path.is_file():
         return path.resolve()
     if path.suffix in _SUFFIXES or path.is_absolute() or text.startswith("."):
-        raise UserError(f"experiment '{text}': there is no such file.")
+        what = "that is a folder, and an experiment is a YAML file" if path.is_dir() else "there is no such file"
+        raise UserError(f"experiment '{text}': {what}.")
     folders = [root / "experiments" for root in (Path.cwd() / "configs", shipped("configs").resolve())]
     found = _first(text, folders)
     if found is None:
@@ -52,11 +53,12 @@ def find_parent(name: str, file: Path, told: str) -> Path:
         target = (file.parent / path).resolve()
         if target.is_file():
             return target
-        raise UserError(f"{told}: '{name}': there is no file {display(target)}.")
+        folder = f" {display(target)} is a folder: name a file in it." if target.is_dir() else ""
+        raise UserError(f"{told}: '{name}': there is no file {display(target)}.{folder}")
     folders = _roots(file)
     found = _first(name, folders)
     if found is None:
-        raise UserError(f"{told}: '{name}': {_not_found(name, folders)}")
+        raise UserError(f"{told}: '{name}': {_not_found(name, folders, file)}")
     return found
 
 
@@ -71,19 +73,28 @@ def _first(name: str, folders: list[Path]) -> Path | None:
     return next((candidate.resolve() for candidate in candidates if candidate.is_file()), None)
 
 
-def _not_found(name: str, folders: list[Path]) -> str:
-    folder, _, _ = name.rpartition("/")
-    known = sorted(
+def _not_found(name: str, folders: list[Path], file: Path | None = None) -> str:
+    """Where `name` was looked for, and the nearest names; `file`, which asks for it, is none of them."""
+    looked = ", ".join(display(root).removesuffix("/.") for root in folders)
+    folder, _, last = name.rpartition("/")
+    known = _names(folders, f"{folder}/*" if folder else "*", file)
+    elsewhere = [] if folder else _names(folders, "*/*", file)
+    close = [each for each in elsewhere if each.rpartition("/")[2] == last]
+    close = close or difflib.get_close_matches(name, [*known, *elsewhere], n=3, cutoff=0.5)
+    if close:
+        return f"not found in {looked}; did you mean {' or '.join(repr(match) for match in close)}?"
+    if known or elsewhere:
+        return f"not found in {looked}; there are: {', '.join(elsewhere or known)}."
+    return f"not found in {looked}; nothing of that kind is there."
+
+
+def _names(folders: list[Path], pattern: str, file: Path | None) -> list[str]:
+    """The names under which the YAML files that match can be extended; `base`, which all inherit, is none."""
+    return sorted(
         {
-            str(file.relative_to(root).with_suffix(""))
+            str(found.relative_to(root).with_suffix(""))
             for root in folders
-            for file in (root / folder).glob("*.y*ml")
-            if file.suffix in _SUFFIXES
+            for found in root.glob(f"{pattern}.y*ml")
+            if found.suffix in _SUFFIXES and found != file and found != shipped("configs").resolve() / "base.yaml"
         }
     )
-    looked = ", ".join(display(root) for root in folders)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = (
-        f"did you mean {' or '.join(repr(match) for match in close)}?" if close else f"there are: {', '.join(known)}."
-    )
-    return f"not found in {looked}; {hint if known else 'nothing of that kind is there.'}"

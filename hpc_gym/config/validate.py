@@ -30,6 +30,10 @@ _EMPTY: dict[KeyPath, str] = {
     ("data", "train"): "list at least one {environment: NAME, path: FILE.jsonl}",
     ("environments",): "extend environments/NAME, or name one with its config_paths",
 }
+_MISSING: dict[KeyPath, str] = {
+    ("model",): "extend models/NAME, or set model.path to a model's folder or its name on the hub",
+    ("model", "path"): "extend models/NAME, or set it to a model's folder or its name on the hub",
+}
 
 
 def validate(composed: Composed) -> tuple[Experiment | None, list[Problem]]:
@@ -64,7 +68,7 @@ def _problem(details: ErrorDetails, tree: dict[str, Any]) -> Problem:
     if kind == "extra_forbidden":
         return Problem(path, f"unknown key; {nearest(str(path[-1]), _fields_at(path[:-1]))}")
     if kind == "missing":
-        return Problem(path, "is missing: it must be set.")
+        return Problem(path, f"is missing: {_MISSING.get(path, 'it must be set')}.")
     if kind == "literal_error":
         allowed = re.sub(r"'([^']*)' or ", r"'\1' or ", str(context.get("expected", "")))
         return Problem(path, f"{value_text(details['input'])} is not allowed; allowed: {allowed}.")

@@ -81,6 +81,20 @@ def test_a_missing_parent_is_refused_with_line_places_and_nearest_names(folder: 
     assert "'models/qwen3-4b-instruct-2507'" in message
 
 
+def test_a_parent_named_without_its_kind_is_told_the_full_name(folder: Path) -> None:
+    write(folder, top="extends: five-node\n")
+    assert refused("top.yaml").endswith("did you mean 'experiments/five-node'?")
+    write(folder, top="extends: nothing-like-it\n")
+    assert "'top'" not in refused("top.yaml")
+    assert ": clusters/local, " in refused("top.yaml")
+
+
+def test_a_folder_is_no_experiment_and_no_parent(folder: Path) -> None:
+    write(folder, sub__other="name: x\n", top="extends: ./sub\n")
+    assert refused("top.yaml").endswith("there is no file sub. sub is a folder: name a file in it.")
+    assert refused("./sub") == "experiment './sub': that is a folder, and an experiment is a YAML file."
+
+
 def test_a_missing_parent_file_is_refused_with_its_full_name(folder: Path) -> None:
     write(folder, sub__top="extends: [../other.yaml]\n")
     assert refused("sub/top.yaml") == "sub/top.yaml:1: extends: '../other.yaml': there is no file other.yaml."
@@ -177,6 +191,8 @@ def test_an_interpolation_that_leads_nowhere_is_told_once_with_the_nearest_key(f
     message = refused("top.yaml")
     assert "top.yaml:3: vars.a: '${vars.data_dri}' names no key; did you mean 'vars.data_dir'?" in message
     assert message.count("data_dri") == 1
+    write(folder, far="vars: {data_dir: /d, x: '${vars.quite_other}'}\n")
+    assert refused("far.yaml").endswith("'${vars.quite_other}' names no key; allowed: vars.data_dir, vars.x.")
     assert "top.yaml:5: vars.c: the environment variable NOT_SET_ANYWHERE is not set" in message
 
 
@@ -223,6 +239,11 @@ def test_relative_files_belong_to_the_yaml_that_names_them(folder: Path) -> None
         ("vars:\n  a: 1\n  b: 2\n  a: 3\n", "bad.yaml:4: 'a' is set twice in one section (first on line 2)"),
         ("vars: {1: x}\n", "bad.yaml:1: the key 1 is no text"),
         ("extends: {a: b}\n", "bad.yaml:1: extends: must be a list of names or files"),
+        ("vars:\n  ? [a]\n  : 1\n", "bad.yaml:2: a key must be text, not a list or a section"),
+        ("seed: 1\nvars: &v {a: [*v]}\n", "bad.yaml:2: the section's anchor (&) is used (*) inside the section itself"),
+        ("vars:\n\ta: 1\n", "bad.yaml:2: not YAML: a tab stands here, and YAML indents with blanks only"),
+        ("seed: 1\n---\nseed: 2\n", "bad.yaml:2: not YAML: a second document begins here ('---')"),
+        ("seed: 1\nvars: {a: '${b'}\n", "bad.yaml:2: vars.a: '${b' is no interpolation: write ${KEY}"),
     ],
 )
 def test_what_is_no_experiment_file_is_refused_with_its_line(folder: Path, text: str, says: str) -> None:
@@ -260,3 +281,12 @@ def test_problem_lines_say_where_even_for_what_nothing_set(folder: Path) -> None
     write(folder, top="vars:\n  a: 1\n")
     provenance = compose("top.yaml").provenance
     assert problem_line(Problem(("vars", "b"), "is missing."), provenance) == "top.yaml:1: vars.b: is missing."
+
+
+def test_what_nothing_sets_is_missing_in_the_users_file(folder: Path) -> None:
+    from hpc_gym.config.validate import validate
+
+    write(folder, top="# nothing yet\n")
+    composed = compose("top.yaml", ["name=x"])
+    lines = [problem_line(problem, composed.provenance) for problem in validate(composed)[1]]
+    assert lines[0].startswith("top.yaml:1: model: is missing: extend models/NAME, or set model.path")
