@@ -98,7 +98,7 @@ def _make_run_directory(request: Request, dump: Callable[[Path], None], job_id: 
             refuse_existing(plan)
         raise UserError(
             f"the run directory {run_dir} cannot be made: {error.strerror or error} ({error.filename or run_dir}). "
-            "Choose another place with run_dir=... or make room there."
+            "Choose another place with cluster.runs_dir=FOLDER, or make room there."
         ) from error
     except BaseException:
         _remove(staging)
