@@ -14,6 +14,8 @@ from hpc_gym.training.ranks import Ranks
 from hpc_gym.weights.sender import WeightSender, WeightTransferError
 from hpc_gym.weights.wire import TensorSpec, buckets
 
+RETRY_S = 2.0
+"""A rollout server needs a moment to notice that a replica is gone; then the sender waits for its restart."""
 GATHERED_BYTES = 1 << 28
 """ZeRO-3 gathers parameters in groups of so many bytes: one by one is slow, all at once does not fit."""
 
@@ -66,6 +68,7 @@ class PolicyWeights:
                 raise WeightTransferError(f"{error} (tried {attempt} times)")
             if self._ranks.is_first:
                 print(f"weights {version}: attempt {attempt} failed, trying again: {error}", flush=True)
+            time.sleep(RETRY_S)
         self.seconds += time.monotonic() - started
 
 

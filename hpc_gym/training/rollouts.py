@@ -22,8 +22,9 @@ from hpc_gym.training.stopping import StopRequested, StopSignal
 if TYPE_CHECKING:  # it imports torch, which this module does not need
     from hpc_gym.training.ranks import Ranks
 
-STALE = "weights_stale"
-"""How the reason begins of a rollout that found no replica with the current weights: one was restarted."""
+REPLICA_GONE = ("weights_stale", "replica_lost")
+"""How the reason begins of a rollout whose vLLM replica died, or that found none with the current weights: after a
+restart and a push of weights it can run."""
 
 
 class NoRollouts(RuntimeError):
@@ -102,8 +103,9 @@ class RolloutRunner:
     def run(self, requests: Sequence[RolloutRequest], weight_version: int, what: str) -> list[Trajectory]:
         """This rank's trajectories, in order. All ranks call it together, some perhaps without requests.
 
-        Rollouts that found no replica with these weights are asked for again after all ranks have sent the weights once
-        more. Raises StopRequested on all ranks when one was asked to stop; the rollouts in flight are dropped.
+        Rollouts whose replica died, or that found none with these weights, are asked for again after all ranks have
+        sent the weights once more. Raises StopRequested on all ranks when one was asked to stop; the rollouts in flight
+        are dropped.
         """
         found: dict[int, Trajectory] = {}
         for _ in range(self._rounds):
@@ -116,12 +118,10 @@ class RolloutRunner:
                 self._client.abort()
                 answers = []
             found.update(
-                (index, answer)
-                for index, answer in zip(missing, answers, strict=False)
-                if not answer.reason.startswith(STALE)
+                (index, answer) for index, answer in zip(missing, answers, strict=False) if not _replica_gone(answer)
             )
             stopping, stale = self._ranks.maximum(
-                [float(self._stop.requested), float(any(a.reason.startswith(STALE) for a in answers))]
+                [float(self._stop.requested), float(any(map(_replica_gone, answers)))]
             )
             if stopping:
                 raise StopRequested
@@ -129,7 +129,7 @@ class RolloutRunner:
                 return [found[index] for index in range(len(requests))]
             self._push()
         raise NoRollouts(
-            f"vLLM replicas lost their weights {self._rounds} times in a row during one batch of rollouts: "
+            f"vLLM replicas died or lost their weights {self._rounds} times in a row during one batch of rollouts: "
             "see vLLM's logs"
         )
 
@@ -146,6 +146,10 @@ class RolloutRunner:
 
         with saying_alive():  # the client gives up a server that is silent, and every rollout has a deadline
             return self._client.run(requests, weight_version=weight_version, on_progress=progress)
+
+
+def _replica_gone(trajectory: Trajectory) -> bool:
+    return trajectory.outcome is Outcome.FAILED and trajectory.reason.startswith(REPLICA_GONE)
 
 
 class RolloutFunction:

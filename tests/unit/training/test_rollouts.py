@@ -32,6 +32,7 @@ TURNS = Trajectory(
 FAILED = dataclasses.replace(TURNS, outcome=Outcome.FAILED, reason="gym is gone", reward=math.nan)
 NEVER_BEGAN = Trajectory(index=0, outcome=Outcome.FAILED, reason="no server")
 STALE = Trajectory(index=0, outcome=Outcome.FAILED, reason="weights_stale: weights 3 are wanted, vllm-0 is starting")
+LOST = dataclasses.replace(STALE, reason="replica_lost: vllm-0 was restarted (attempt 2: weights_stale: weights 3 ...)")
 
 
 def test_what_the_environment_said_is_masked() -> None:
@@ -106,9 +107,9 @@ def runner(answers: Answers, stop: StopSignal, push: Callable[[], None]) -> Roll
     return RolloutRunner(answers, OneRank(), stop, push, rounds=3)  # type: ignore[arg-type]
 
 
-def test_only_the_stale_ones_are_asked_for_again_after_a_push(stop: StopSignal) -> None:
+def test_only_those_without_a_replica_are_asked_for_again_after_a_push(stop: StopSignal) -> None:
     pushes: list[int] = []
-    answers = Answers([TURNS, STALE, FAILED], [STALE], [TURNS])
+    answers = Answers([TURNS, LOST, FAILED], [STALE], [TURNS])
     found = runner(answers, stop, lambda: pushes.append(1)).run(REQUESTS, 3, "step 4")
     assert found == [TURNS, TURNS, FAILED]
     assert (answers.asked, len(pushes)) == ([3, 1, 1], 2)
@@ -116,7 +117,7 @@ def test_only_the_stale_ones_are_asked_for_again_after_a_push(stop: StopSignal) 
 
 def test_replicas_that_never_keep_their_weights_end_the_run(stop: StopSignal) -> None:
     answers = Answers([STALE] * 3, [STALE] * 3, [STALE] * 3)
-    with pytest.raises(NoRollouts, match="lost their weights 3 times"):
+    with pytest.raises(NoRollouts, match="lost their weights 3 times in a row"):
         runner(answers, stop, lambda: None).run(REQUESTS, 3, "step 4")
 
 
