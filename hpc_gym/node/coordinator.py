@@ -21,12 +21,15 @@ from pathlib import Path
 from hpc_gym.node import scontrol
 from hpc_gym.node.channel import LONGEST, Channel, Message, accept
 from hpc_gym.node.journal import Journal
+from hpc_gym.node.stall import StepWatch
 from hpc_gym.node.verdict import Task, Verdict
 from hpc_gym.plan.plan import Plan
 from hpc_gym.protocol.attempt import STOPPED_AT_CHECKPOINT, Failure, Outcome
 
 JOIN_WITHIN_S = 120.0
 """From the coordinator's start until every node's supervisor has reported."""
+_LOOK_AT_STEPS_S = 1.0
+_EVIDENCE_WITHIN_S = 40.0
 _SETTLE_S = 0.5
 """After the first failure: a rank that lost its peer is often faster to report than the one that died."""
 _SETTLE_COLLATERAL_S = 2.0
@@ -66,12 +69,15 @@ class Coordinator:
         self._started = time.monotonic()
         self._first_cause = 0.0
         self._serving: set[asyncio.Task[None]] = set()
+        self._without_evidence: set[int] = set()
+        """Nodes that are asked what stalls."""
         self._asking: asyncio.Task[None] | None = None
 
     async def run(self, host: str, port: int) -> Outcome:
         """Serves on `host:port`. Raises OSError when the port is taken."""
         server = await asyncio.start_server(self._serve, host, port, limit=LONGEST)
         watch = asyncio.create_task(self._watch(), name="heartbeats")
+        steps = asyncio.create_task(self._watch_steps(), name="steps")
         try:
             outcome = None
             while outcome is None:
@@ -84,6 +90,7 @@ class Coordinator:
             await asyncio.gather(*(peer.channel.close() for peer in self._peers.values()))
         finally:
             watch.cancel()
+            steps.cancel()
             server.close()
             for task in list(self._serving):
                 task.cancel()
@@ -207,6 +214,8 @@ class Coordinator:
             (self._saving.add if message["saving"] else self._saving.discard)(task)
         elif kind == "signal":
             self._signalled(str(message["signal"]))
+        elif kind == "evidence":
+            self._without_evidence.discard(peer.rank)
         elif kind == "unfit":
             self._lose(peer.rank, peer.host, f"not fit for the job: {message['cause']}", "unfit")
         elif kind == "released":
@@ -270,6 +279,27 @@ class Coordinator:
                     if node.rank not in self._peers:
                         self._lose(node.rank, "", f"its supervisor did not report within {JOIN_WITHIN_S:g} s")
             self._changed.set()
+
+    async def _watch_steps(self) -> None:
+        """Notices that training does not move, keeps the evidence, and ends the attempt."""
+        steps = StepWatch(Path(self._plan.run_dir) / "metrics.jsonl", self._attempt, self._plan.supervision)
+        silence = ""
+        while not silence or self._saving:
+            await asyncio.sleep(_LOOK_AT_STEPS_S)
+            silence = await asyncio.to_thread(steps.silence)
+        self._record("stalled", cause=silence)
+        self._without_evidence = {rank for rank, peer in self._peers.items() if peer.connected}
+        self._broadcast({"type": "stalled"})
+        await self._until(lambda: not self._without_evidence, _EVIDENCE_WITHIN_S)
+        self._verdict.stalled = self._stalled(silence)
+        self._verdict.stalled_requeues = self._plan.supervision.on_stall == "requeue"
+        self._changed.set()
+
+    def _stalled(self, silence: str) -> Failure:
+        node = next((node for node in self._plan.nodes if node.role == "train"), self._plan.nodes[0])
+        cause = f"{silence}; stacks, metrics and last lines of every process are kept"
+        log = str(self._directory / "stall")
+        return Failure(node.role, node.name, "all ranks", cause, log, self._attempt, time.time())
 
     def _lose(self, rank: int, host: str, cause: str, event: str = "silent") -> None:
         node = self._plan.nodes[rank]

@@ -24,6 +24,7 @@ from hpc_gym.node.precheck import unfit
 from hpc_gym.node.process import End, ManagedProcess
 from hpc_gym.node.shared_memory import SharedMemory
 from hpc_gym.node.signals import STOP_SIGNALS
+from hpc_gym.node.stall import keep_evidence
 from hpc_gym.plan.plan import Process
 from hpc_gym.protocol.attempt import STOPPED_AT_CHECKPOINT, Failure, Outcome
 
@@ -43,6 +44,7 @@ class NodeRunner:
         self._endpoints = Endpoints(context)
         self._waiting: dict[int, asyncio.Future[tuple[int, float]]] = {}
         self._stopping = asyncio.Event()
+        self._evidence: asyncio.Task[None] | None = None
         self._ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._processes = [self._managed(spec) for spec in context.node.processes]
         hello = {
@@ -127,12 +129,19 @@ class NodeRunner:
             for process in self._processes:
                 if process.spec.kind == "task":
                     process.signal_leader(signal.SIGUSR2)
+        elif kind == "stalled":
+            self._evidence = asyncio.create_task(self._keep_evidence(), name="evidence")
         elif kind == "stop":
             self._stopping.set()
         elif kind == "end":
             if not self._ended.done():
                 self._ended.set_result(Outcome.from_json(message["outcome"]))
             self._stopping.set()
+
+    async def _keep_evidence(self) -> None:
+        context = self._context
+        await keep_evidence(self._processes, context.private_dir, context.attempt_dir / "stall")
+        self._link.send({"type": "evidence"})
 
     async def _keep_or_fail(self, process: ManagedProcess) -> None:
         try:

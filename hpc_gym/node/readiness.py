@@ -40,6 +40,15 @@ async def ask_http(path: Path, url_path: str) -> Answer:
     return Answer(status == 200, f"GET {url_path} answered {status}")
 
 
+async def get_text(path: Path, url_path: str) -> str:
+    """What `GET url_path` on the Unix socket at `path` answers, or why it does not."""
+    try:
+        _, body = await _get(lambda: asyncio.open_unix_connection(str(path)), "localhost", url_path)
+    except (OSError, ValueError, TimeoutError) as error:
+        return str(error) or type(error).__name__
+    return body.decode(errors="replace")
+
+
 async def ask_gym(port: int, own_pids: Callable[[], Collection[int]]) -> Answer:
     """Whether NeMo Gym's head server on `port` lists servers that are all ours and all answer `GET /`.
 

@@ -25,6 +25,9 @@ class Verdict:
     """What tasks said of why they fail, before they have ended."""
     lost: list[tuple[Failure, str]] = field(default_factory=list)
     """Nodes that fell silent, with their host names."""
+    stalled: Failure | None = None
+    """Training does not move any more."""
+    stalled_requeues: bool = False
     cancelled: str = ""
     """Who asked for the end."""
     checkpoint: str = ""
@@ -55,6 +58,8 @@ class Verdict:
         if self.checkpoint:
             over = self.overdue or self.lost or self._cannot_save()
             return Outcome("requeue", self.checkpoint, self._bad_hosts()) if over else None
+        if self.stalled is not None:
+            return Outcome("requeue" if self.stalled_requeues else "failed", "the job stalled", failure=self.stalled)
         if self.failures and (causes := self._causes()):
             return Outcome("failed", failure=causes[0])
         if self.lost:

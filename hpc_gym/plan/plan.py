@@ -179,6 +179,8 @@ class Judge:
     """OpenAI-compatible address outside; None: a vLLM of this node, on `{private_dir}/judge.sock`."""
     api_key_env: str | None = None
     """Name of the secret that opens the address."""
+    model: str | None = None
+    """Folder or hub name of what the vLLM of this node serves."""
 
 
 @dataclass(frozen=True)
@@ -271,6 +273,11 @@ class Supervision:
     checkpoint_grace_s: float = 120.0
     """How long a checkpoint that is being written may delay a stop."""
     time_limit_margin_s: float = 120.0
+    stall_factor: float = 0.0
+    """Training counts as stalled after so many medians of a step without one; 0: never."""
+    stall_at_least_s: float = 900.0
+    """But not sooner than this: evaluations and checkpoints are no steps."""
+    on_stall: Literal["stop", "requeue"] = "stop"
 
 
 @dataclass(frozen=True)

@@ -237,6 +237,9 @@ def _supervision(experiment: Experiment) -> frozen.Supervision:
         stop_within_s=wanted.stop_within_s,
         checkpoint_grace_s=wanted.checkpoint_grace_s,
         time_limit_margin_s=wanted.time_limit_margin_s,
+        stall_factor=wanted.stall_factor,
+        stall_at_least_s=wanted.stall_at_least_s,
+        on_stall=wanted.on_stall,
     )
 
 

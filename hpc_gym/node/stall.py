@@ -1,0 +1,107 @@
+"""Notices that a job lives but does not move, and keeps what tells why.
+
+A rank that waits in a collective for ever, or a rollout that nobody answers, is no dead process: every probe is content
+while the nodes are paid for. What must move is the training step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+
+from hpc_gym.node.causes import last_lines
+from hpc_gym.node.process import ManagedProcess
+from hpc_gym.node.readiness import get_text
+from hpc_gym.plan.plan import Supervision
+
+_STEPS = 50
+"""The median is that of so many steps."""
+_FEWEST = 3
+_LINES = 100
+_DUMP_WITHIN_S = 15.0
+
+
+class StepWatch:
+    """Follows `metrics.jsonl`. The trainer's clock times the steps, the reader's the silence after them."""
+
+    def __init__(self, metrics: Path, attempt: int, supervision: Supervision) -> None:
+        self._metrics = metrics
+        self._attempt = attempt
+        self._supervision = supervision
+        self._read = 0
+        self._times: deque[float] = deque(maxlen=_STEPS + 1)
+        self._last_seen = 0.0
+        self._done = False
+
+    def silence(self) -> str:
+        """Why the job counts as stalled, "" while it does not: for the first steps, and after the last."""
+        self._take_new_rows()
+        limit = self._limit()
+        silent = time.monotonic() - self._last_seen
+        if limit is None or self._done or silent < limit:
+            return ""
+        return (
+            f"no training step for {silent:.0f} s, {limit:.0f} s are allowed (median of a step: {self._median():.1f} s)"
+        )
+
+    def _take_new_rows(self) -> None:
+        try:
+            with self._metrics.open("rb") as file:
+                file.seek(self._read)
+                rows = file.read()
+        except OSError:
+            return
+        whole = rows[: rows.rfind(b"\n") + 1]
+        self._read += len(whole)
+        for row in map(json.loads, whole.splitlines()):
+            if row.get("attempt") == self._attempt:
+                self._times.append(float(row["time"]))
+                self._last_seen = time.monotonic()
+                self._done = row["step"] >= row["max_steps"]
+
+    def _median(self) -> float:
+        times = list(self._times)
+        return statistics.median(after - before for before, after in itertools.pairwise(times))
+
+    def _limit(self) -> float | None:
+        if not self._supervision.stall_factor or len(self._times) < _FEWEST:
+            return None
+        return max(self._supervision.stall_at_least_s, self._supervision.stall_factor * self._median())
+
+
+async def keep_evidence(processes: Iterable[ManagedProcess], private_dir: Path, folder: Path) -> None:
+    """Writes a file per process to `folder`: stacks of all its threads, vLLM's metrics, the last lines of its log."""
+    await asyncio.to_thread(folder.mkdir, exist_ok=True)
+    await asyncio.gather(*(_evidence(each, private_dir, folder) for each in processes))
+
+
+async def _evidence(process: ManagedProcess, private_dir: Path, folder: Path) -> None:
+    parts = [await _stacks(pid) for pid in sorted(process.members)]
+    ready = process.spec.ready
+    if ready is not None and ready.kind == "http":
+        # The socket of a vLLM, which serves Prometheus metrics beside its probe.
+        parts.append("/metrics\n" + await get_text(private_dir / Path(ready.target).name, "/metrics"))
+    parts.append(f"the last lines of {process.log}\n" + "\n".join(last_lines(process.log)[-_LINES:]))
+    await asyncio.to_thread((folder / process.log.name).write_text, "\n\n".join(parts) + "\n")
+
+
+async def _stacks(pid: int) -> str:
+    command = [str(Path(sys.executable).with_name("py-spy")), "dump", "--pid", str(pid)]
+
+    def run() -> str:
+        # Not through asyncio: the supervisor reaps every child itself.
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_DUMP_WITHIN_S, check=False)
+        return done.stdout + done.stderr
+
+    try:
+        return f"process {pid}\n{await asyncio.to_thread(run)}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"process {pid}: py-spy: {error}"
