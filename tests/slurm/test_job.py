@@ -5,11 +5,20 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
+import submitit
+from cluster import Cluster
 from slurm_jobs import FOREVER, SlurmJob, service, task
+from small_project import Project, project
 
+import hpc_gym
 from hpc_gym.jobs.rendering import render
+from hpc_gym.jobs.slurm import states
+from hpc_gym.jobs.state import job_state
+
+__all__ = ["project"]
 
 Submit = Callable[..., SlurmJob]
 
@@ -115,3 +124,28 @@ def test_an_exported_secret_reaches_the_processes_and_nothing_else(
             assert path.stat().st_mode & 0o777 == 0o600
     assert "planted" not in run.cluster.slurm("scontrol", "show", "job", "-d", run.id)
     assert os.environ["WANDB_API_KEY"]
+
+
+def test_what_slurm_has_forgotten_the_job_itself_remembers(submit: Submit) -> None:
+    run = submit([task("rank-0", "pass")])
+    run.freed()
+    forgotten = replace(run.job.record, job_id="1")
+    assert states([forgotten.job_id]) == {}
+    assert job_state(forgotten) == "COMPLETED"
+
+
+def test_a_sweep_through_submitit_is_a_job_per_point(
+    slurm_cluster: Cluster, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(project.folder / "state"))
+    executor = submitit.AutoExecutor(folder=slurm_cluster.shared / "sweep", cluster="hpcgym")
+    later = ["cluster.kind=slurm", "cluster.slurm.begin=now+1day"]
+    executor.update_parameters(hpcgym_experiment=str(project.write()), hpcgym_overrides=later)
+    jobs = executor.map_array(hpc_gym.run, [f"name=lr-{rate} grpo.learning_rate={rate}" for rate in ("1e-5", "1e-4")])
+    queue = slurm_cluster.slurm("squeue", "-h", "-o", "%i %j %T").splitlines()
+    assert sorted(queue) == [
+        f"{job.job_id} lr-{rate} PENDING" for job, rate in zip(jobs, ("1e-5", "1e-4"), strict=True)
+    ]
+    for job in jobs:
+        job.cancel()
+        assert job.state == "CANCELLED"
