@@ -40,8 +40,8 @@ def row(agent: str | None = None) -> str:
 def make_model(folder: Path) -> Path:
     """A folder that looks like a model from outside."""
     folder.mkdir(parents=True)
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        (folder / name).write_text("{}")
+    for name, text in (("config.json", '{"model_type": "qwen3"}'), ("tokenizer.json", "{}"), ("model.safetensors", "")):
+        (folder / name).write_text(text)
     return folder
 
 

@@ -10,7 +10,7 @@ from hpc_gym.cli.arguments import Cluster, Experiment, Json, Overrides
 from hpc_gym.errors import UserError
 
 if TYPE_CHECKING:
-    from hpc_gym.plan.resolve import Resolved
+    from hpc_gym.plan.resolve import Described
 
 
 def show(
@@ -22,17 +22,27 @@ def show(
 ) -> None:
     """The resolved experiment as YAML, or with --why where a value comes from.
 
+    An experiment that cannot be submitted yet, for a file that is missing or numbers that do not go together, is shown
+    all the same; then what is wrong is said, and the exit code is 2.
+
     \b
     hpc-gym show demo
     hpc-gym show demo grpo.max_steps=50 --why grpo.max_steps
     """
-    from hpc_gym.plan.resolve import resolve
+    from hpc_gym.plan.resolve import NotReadyError, resolve
 
-    resolved = resolve(experiment, overrides or (), cluster)
+    try:
+        _show(resolve(experiment, overrides or (), cluster), why, as_json)
+    except NotReadyError as error:
+        _show(error.described, why, as_json)
+        raise
+
+
+def _show(described: Described, why: str | None, as_json: bool) -> None:
     if why is None:
-        _print_experiment(resolved, as_json)
+        _print_experiment(described, as_json)
         return
-    entries = explain(resolved, why)
+    entries = explain(described, why)
     if as_json:
         import json
 
@@ -41,7 +51,7 @@ def show(
         _print_table(entries)
 
 
-def explain(resolved: Resolved, key: str) -> list[dict[str, Any]]:
+def explain(described: Described, key: str) -> list[dict[str, Any]]:
     """Per value at or below `key`: `key`, `value`, `set_by`, and `overrode`, what it replaced, newest first.
 
     Raises UserError naming the nearest keys when there is none.
@@ -49,7 +59,7 @@ def explain(resolved: Resolved, key: str) -> list[dict[str, Any]]:
     from hpc_gym.config.problems import nearest
     from hpc_gym.config.provenance import key_text
 
-    tree = resolved.experiment.model_dump(mode="json")
+    tree = described.experiment.model_dump(mode="json")
     path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
     leaves = _leaves(tree, ())
     found = [(leaf, value) for leaf, value in leaves if leaf[: len(path)] == path]
@@ -57,7 +67,7 @@ def explain(resolved: Resolved, key: str) -> list[dict[str, Any]]:
         raise UserError(f"--why {key}: no such key; {nearest(key, [key_text(leaf) for leaf, _ in leaves])}")
     entries = []
     for leaf, value in found:
-        history = resolved.provenance.history(leaf)
+        history = described.provenance.history(leaf)
         entries.append(
             {
                 "key": key_text(leaf),
@@ -65,8 +75,8 @@ def explain(resolved: Resolved, key: str) -> list[dict[str, Any]]:
                 "written": history[-1].value if history and history[-1].value != value else None,
                 "set_by": history[-1].where
                 if history
-                else resolved.provenance.where(leaf)
-                if _inside(resolved, leaf)
+                else described.provenance.where(leaf)
+                if _inside(described, leaf)
                 else "default",
                 "overrode": [{"value": each.value, "set_by": each.where} for each in reversed(history[:-1])],
             }
@@ -74,9 +84,9 @@ def explain(resolved: Resolved, key: str) -> list[dict[str, Any]]:
     return entries
 
 
-def _inside(resolved: Resolved, leaf: tuple[Any, ...]) -> bool:
+def _inside(described: Described, leaf: tuple[Any, ...]) -> bool:
     """Whether the leaf is part of a list or section that was given as a whole."""
-    origin = resolved.provenance.origin(leaf)
+    origin = described.provenance.origin(leaf)
     return origin is not None and not isinstance(origin.value, dict)
 
 
@@ -89,8 +99,8 @@ def _leaves(value: Any, path: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], An
     return [found for key, item in items for found in _leaves(item, (*path, key))]
 
 
-def _print_experiment(resolved: Resolved, as_json: bool) -> None:
-    text = resolved.experiment_yaml()
+def _print_experiment(described: Described, as_json: bool) -> None:
+    text = described.experiment_yaml()
     if as_json:
         import json
 

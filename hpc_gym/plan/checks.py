@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,7 @@ from hpc_gym.config.problems import Problem, nearest
 from hpc_gym.config.schema import Experiment
 from hpc_gym.errors import UserError
 from hpc_gym.plan.processes import gpus_per_replica
+from hpc_gym.runtimes.spec import cache_folder
 
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
@@ -52,9 +54,12 @@ def model_source(written: str, folder: Path) -> str:
         missing = [what for what, found in _parts_of_model(path).items() if not found]
         if missing:
             raise UserError(f"the folder {path} is no model: it has no {' and no '.join(missing)}.")
+        _refuse_config(path / "config.json")
         return str(path)
     if path.exists():
         raise UserError(f"{path} is a file; a model is a folder with config.json, weights and a tokenizer.")
+    if path.is_relative_to(cache_folder() / "demo"):
+        raise UserError(f"there is no folder {path}: `hpc-gym demo` makes the demo's model there.")
     local = written.startswith((".", "/", "~"))
     if not local and _HUB_NAME.fullmatch(written):
         return written
@@ -81,6 +86,18 @@ def default_hub_cache() -> Path:
     return Path(
         os.environ.get("HF_HUB_CACHE") or (Path(home) if home else Path.home() / ".cache" / "huggingface") / "hub"
     )
+
+
+def _refuse_config(file: Path) -> None:
+    """Raises UserError when a model's `config.json` does not say what the model is."""
+    try:
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is no model's configuration: {error}.") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise UserError(
+            f"{file} is no model's configuration: it has no 'model_type', from which transformers and vLLM know it."
+        )
 
 
 def _parts_of_model(folder: Path) -> Mapping[str, bool]:

@@ -15,6 +15,7 @@ from hpc_gym.config.problems import refuse
 from hpc_gym.config.provenance import KeyPath, Provenance, Setting
 from hpc_gym.config.schema import Experiment, Section
 from hpc_gym.config.validate import validate
+from hpc_gym.errors import UserError
 from hpc_gym.plan import plan as frozen
 from hpc_gym.plan.batch import Batch, batch_of
 from hpc_gym.plan.checks import ranks_per_node, replicas_of, role_problems
@@ -30,10 +31,9 @@ Paths = Mapping[KeyPath, str]
 
 
 @dataclass(frozen=True)
-class Resolved:
-    """A Plan and where it came from."""
+class Described:
+    """An experiment that is well formed, where its values come from, and the files that it means."""
 
-    plan: frozen.Plan
     experiment: Experiment
     provenance: Provenance
     paths: Paths
@@ -54,6 +54,21 @@ class Resolved:
         return text
 
 
+@dataclass(frozen=True)
+class Resolved(Described):
+    """A Plan and where it came from."""
+
+    plan: frozen.Plan
+
+
+class NotReadyError(UserError):
+    """What a well-formed experiment asks for is not there, or does not go together; `described` can still be shown."""
+
+    def __init__(self, text: str, described: Described) -> None:
+        super().__init__(text)
+        self.described = described
+
+
 def plan_for(experiment: str | Path, overrides: Sequence[str] = (), cluster: str | None = None) -> frozen.Plan:
     """The Plan of an experiment (a file, or a name under `configs/experiments/`).
 
@@ -63,7 +78,10 @@ def plan_for(experiment: str | Path, overrides: Sequence[str] = (), cluster: str
 
 
 def resolve(experiment: str | Path, overrides: Sequence[str] = (), cluster: str | None = None) -> Resolved:
-    """As `plan_for`, with the typed experiment and where its values come from."""
+    """As `plan_for`, with the typed experiment and where its values come from.
+
+    Raises NotReadyError, a UserError, when the experiment by itself is well formed.
+    """
     composed = compose(experiment, overrides, cluster)
     if "name" not in composed.tree:
         composed.tree["name"] = composed.file.stem
@@ -90,7 +108,10 @@ def _resolve(composed: Composed, experiment: Experiment) -> Resolved:
     served = found.environments()
     train = found.sources(gym, "train", experiment.data.train, served)
     held_out = found.sources(gym, "eval", experiment.data.eval, served)
-    refuse(found.problems, composed.provenance)
+    try:
+        refuse(found.problems, composed.provenance)
+    except UserError as error:
+        raise NotReadyError(str(error), Described(experiment, composed.provenance, found.paths)) from None
     assert batch is not None
 
     # Relative to where the user submits, whichever cluster profile says it.
@@ -113,7 +134,7 @@ def _resolve(composed: Composed, experiment: Experiment) -> Resolved:
         env={"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", **experiment.cluster.env},
         secrets=tuple(experiment.secrets),
     )
-    return Resolved(plan, experiment, composed.provenance, found.paths)
+    return Resolved(experiment, composed.provenance, found.paths, plan)
 
 
 def _environments(experiment: Experiment, served: Mapping[str, Served]) -> tuple[frozen.Environment, ...]:

@@ -66,3 +66,16 @@ def test_why_of_a_wrong_key_names_the_nearest(project: Project, capsys: pytest.C
 def test_a_wrong_experiment_ends_with_two(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["show", "small.yaml", "grpo.max_steps=0"]) == 2
     assert "grpo.max_steps: must be a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_what_cannot_be_submitted_yet_is_shown_with_what_is_wrong(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["show", "small.yaml", "data.train.0.path=absent.jsonl", "grpo.max_steps=21"]
+    assert run(arguments) == 2
+    told = capsys.readouterr()
+    shown = yaml.safe_load(told.out)
+    assert (shown["grpo"]["max_steps"], shown["data"]["train"][0]["path"]) == (21, "absent.jsonl")
+    assert "data.train.0.path: there is no file" in told.err
+    assert run([*arguments, "--why", "grpo.max_steps", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)[0]["set_by"] == "override 'grpo.max_steps=21'"

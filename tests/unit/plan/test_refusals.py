@@ -217,6 +217,28 @@ def test_a_missing_environment_file_is_refused(project: Project) -> None:
     assert "top.yaml:2: environments.mine.config_paths.0: there is no file env.yaml." in message
 
 
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ("{'no': 'json'}", "config.json is no model's configuration: Expecting property name"),
+        ("{}", "config.json is no model's configuration: it has no 'model_type'"),
+        ("[]", "config.json is no model's configuration: it has no 'model_type'"),
+    ],
+)
+def test_a_model_whose_configuration_names_none_is_refused(project: Project, config: str, says: str) -> None:
+    folder = project.folder / "torn"
+    folder.mkdir()
+    for name, text in (("config.json", config), ("model.safetensors", ""), ("tokenizer.json", "{}")):
+        (folder / name).write_text(text)
+    assert says in project.refused("model.path=./torn")
+
+
+def test_who_lacks_the_demos_model_is_told_how_to_make_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPC_GYM_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="`hpc-gym demo` makes the demo's model there"):
+        plan_for("demo")
+
+
 def test_a_hub_model_must_be_in_the_cache(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a job never downloads"):
         refuse_absent_hub_model("org/name", tmp_path)
