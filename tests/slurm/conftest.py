@@ -34,7 +34,7 @@ def slurm_session() -> Iterator[Cluster]:
     reason = why_not()
     if reason and os.environ.get("HPC_GYM_REQUIRE_SLURM") != "1":
         pytest.skip(f"no Slurm cluster: {reason}")
-    cluster = Cluster(Path(tempfile.mkdtemp(prefix="hpc-gym-slurm-")))
+    cluster = Cluster(Path(tempfile.mkdtemp(prefix="hpc-gym-slurm-")), attached=True)
     try:
         cluster.up(**json.loads(os.environ.get("HPC_GYM_SLURM_SETTINGS", "{}")))
         yield cluster

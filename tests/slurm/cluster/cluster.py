@@ -22,7 +22,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from machine import ACCOUNTING_PACKAGES, PACKAGES, ClusterError, claim_network, install, start_time, write_hosts
+from machine import (
+    ACCOUNTING_PACKAGES,
+    PACKAGES,
+    ClusterError,
+    claim_network,
+    die_with_parent,
+    install,
+    start_time,
+    write_hosts,
+)
 
 FILES = Path(__file__).resolve().parent / "files"
 MARKER = ".hpc-gym-slurm"
@@ -84,10 +93,14 @@ def main(command: str) -> None:
 
 
 class Cluster:
-    """One cluster, alive or not, under `directory`; two with different directories live side by side."""
+    """One cluster, alive or not, under `directory`; two with different directories live side by side.
 
-    def __init__(self, directory: Path) -> None:
+    `attached`: it dies with this process, even where nobody gets to call `down`.
+    """
+
+    def __init__(self, directory: Path, attached: bool = False) -> None:
         self.directory = directory.absolute()
+        self._attached = attached
 
     @property
     def env(self) -> dict[str, str]:
@@ -310,6 +323,7 @@ class Cluster:
                 ["unshare", "--net", "--uts", "--mount", "--pid", "--ipc", "--fork", "--kill-child", "--mount-proc",
                  self.directory / "bin" / "init", name],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                preexec_fn=die_with_parent if self._attached else None,
             )  # fmt: skip
         self._wait(f"the namespaces of {name}", 10, (here / "ready").exists)
         pid = int(Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()[0])

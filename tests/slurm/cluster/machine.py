@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +33,12 @@ def why_not() -> str | None:
     if probe.returncode != 0:
         return f"namespaces, a bridge or a veth pair cannot be made here: {probe.stderr.strip()}"
     return None
+
+
+def die_with_parent() -> None:
+    """In a child: SIGKILL when the process that started it is gone."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def start_time(pid: int) -> str | None:
