@@ -57,13 +57,13 @@ def _roles(plan: Plan) -> list[str]:
 def _runtimes(plan: Plan) -> Iterator[Finding]:
     for runtime in plan.runtimes.values():
         check = f"runtime {runtime.name}"
-        if missing := _missing(runtime):
+        if missing := missing_of(runtime):
             yield Finding(check, "failed", missing)
         else:
             yield Finding(check, "ok", runtime.root)
 
 
-def _missing(runtime: Runtime) -> str:
+def missing_of(runtime: Runtime) -> str:
     """What is missing of a runtime, and what to do; "" when nothing is."""
     if runtime.kind in ("apptainer", "pyxis"):
         # Images are also named by a registry's address, which only the compute nodes may reach.

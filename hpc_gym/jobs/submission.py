@@ -96,8 +96,10 @@ def _make_run_directory(request: Request, dump: Callable[[Path], None], job_id: 
         _remove(staging)
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             refuse_existing(plan)
+        # Of a copy the name is that of the file which was read.
+        where = run_dir.parent if error.errno == errno.ENOSPC else error.filename or run_dir
         raise UserError(
-            f"the run directory {run_dir} cannot be made: {error.strerror or error} ({error.filename or run_dir}). "
+            f"the run directory {run_dir} cannot be made: {error.strerror or error} ({where}). "
             "Choose another place with cluster.runs_dir=FOLDER, or make room there."
         ) from error
     except BaseException:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hpc_gym.jobs.job import HpcgymJob
     from hpc_gym.jobs.request import Request
+    from hpc_gym.plan.plan import Plan
 
 
 def submit(
@@ -26,7 +27,9 @@ def submit(
 
 
 def submit_prepared(request: Request) -> HpcgymJob:
-    """Submits what `prepare` gave."""
+    """Submits what `prepare` gave. Raises UserError when a job on this machine has no runtimes to run in."""
+    if request.plan.launch.kind == "local":
+        _refuse_missing_runtimes(request.plan)
     # Late, for they cost more than everything that a dry run imports.
     from submitit.core.utils import DelayedSubmission
 
@@ -36,6 +39,16 @@ def submit_prepared(request: Request) -> HpcgymJob:
 
     submission = DelayedSubmission(supervise, request.plan.run_dir)
     return HpcgymJob.of(submit_request(request, submission.dump))
+
+
+def _refuse_missing_runtimes(plan: Plan) -> None:
+    """A job elsewhere may see what this machine does not; `hpc-gym check` looks at its runtimes."""
+    from hpc_gym.errors import UserError
+    from hpc_gym.jobs.check import missing_of
+
+    missing = {name: what for name, runtime in plan.runtimes.items() if (what := missing_of(runtime))}
+    if missing:
+        raise UserError("\n".join(f"runtime {name}: {what}" for name, what in missing.items()))
 
 
 def run(*overrides: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from hpc_gym.jobs.request import Request
 from hpc_gym.jobs.snapshot import snapshot
 from hpc_gym.jobs.submission import submit_request
 from hpc_gym.plan.plan import Launch, Plan
+from hpc_gym.runtimes.spec import MARKER, default_names, spec_of
 
 __all__ = ["project"]
 
@@ -51,6 +52,12 @@ def test_executor_submits_runs_of_an_experiment_as_a_sweep(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("HPC_GYM_CACHE", str(tmp_path / "cache"))
+    for name in default_names("cpu"):
+        spec = spec_of(name)  # looks built; the jobs are ended before they start anything in it
+        spec.python.parent.mkdir(parents=True)
+        (spec.root / MARKER).touch()
+        spec.python.touch()
     executor = submitit.AutoExecutor(folder=tmp_path / "sweep", cluster="hpcgym")
     executor.update_parameters(hpcgym_experiment=str(project.write()), hpcgym_overrides=["seed=3"])
     with pytest.raises(UserError, match="would be called the same"):
@@ -69,6 +76,16 @@ def test_executor_submits_runs_of_an_experiment_as_a_sweep(
     finally:
         for job in jobs:
             local.kill(job.record)
+
+
+def test_a_local_job_without_its_runtimes_is_refused_and_nothing_is_made(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HPC_GYM_CACHE", str(tmp_path / "empty"))
+    runs = project.folder / "runs"
+    with pytest.raises(UserError, match="runtime gym: it is not built: hpc-gym runtimes build gym"):
+        hpc_gym.submit(project.write())
+    assert not runs.exists()
 
 
 def test_unknown_experiment_is_refused_and_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
