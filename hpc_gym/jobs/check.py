@@ -40,7 +40,8 @@ def check_experiment(
         Finding("experiment", "ok", f"{plan.name}: {sizes} node(s), {plan.training.world_size} training rank(s)")
     ]
     findings += _runtimes(plan)
-    findings.append(_model(plan))
+    findings.append(_model("model", plan.training.model))
+    findings += _judge(plan)
     findings += _data(plan)
     findings += _storage(plan)
     if plan.launch.kind == "slurm":
@@ -74,11 +75,23 @@ def missing_of(runtime: Runtime) -> str:
     return "" if Path(runtime.python).exists() else f"there is no interpreter {runtime.python}"
 
 
-def _model(plan: Plan) -> Finding:
-    folder = Path(plan.training.model)
+def _model(what: str, model: str) -> Finding:
+    folder = Path(model)
     if not folder.is_dir():
-        return Finding("model", "ok", f"{plan.training.model}, in the cache of the hub")
-    return Finding("model", "ok", f"{folder}, {_weight_bytes(folder) / 1e9:.1f} GB of weights")
+        return Finding(what, "ok", f"{model}, in the cache of the hub")
+    return Finding(what, "ok", f"{folder}, {_weight_bytes(folder) / 1e9:.1f} GB of weights")
+
+
+def _judge(plan: Plan) -> Iterator[Finding]:
+    judge = plan.rollout.judge
+    if judge is None:
+        return
+    if judge.model is not None:
+        yield _model("judge", judge.model)
+    elif judge.api_key_env and not os.environ.get(judge.api_key_env):
+        yield Finding("judge", "failed", f"{judge.url}: {judge.api_key_env} (judge.api_key_env) is not set here")
+    else:
+        yield Finding("judge", "ok", f"{judge.model_name} at {judge.url}")
 
 
 def _weight_bytes(folder: Path) -> int:

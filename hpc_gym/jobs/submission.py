@@ -127,7 +127,16 @@ def write_job(folder: Path, request: Request) -> None:
 
 
 def write_secrets(folder: Path, plan: Plan) -> None:
-    """The values of the secret environment variables that are set here, mode 0600 in a 0700 folder."""
+    """The values of the secret environment variables that are set here, mode 0600 in a 0700 folder.
+
+    Raises UserError when the judge's key is not among them.
+    """
+    judge = plan.rollout.judge
+    if judge is not None and judge.api_key_env and not os.environ.get(judge.api_key_env):
+        raise UserError(
+            f"judge.api_key_env: {judge.api_key_env} is not set here, and the judge wants it: export it before the "
+            "submit, or take api_key_env away where the address needs no key."
+        )
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
     values = {name: os.environ[name] for name in plan.secrets if name in os.environ}

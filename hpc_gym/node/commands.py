@@ -49,6 +49,8 @@ def _place(context: NodeContext) -> Place:
     files = [source.path for source in (*training.sources, *training.evaluation.sources)]
     files += [path for environment in plan.environments for path in environment.config_paths]
     files += [training.model]
+    if plan.rollout.judge is not None and plan.rollout.judge.model is not None:
+        files += [plan.rollout.judge.model]
     folders = [str(context.private_dir), os.environ.get("HF_HOME", ""), *(str(Path(file).parent) for file in files)]
     visible = [each for each in dict.fromkeys(folders) if each.startswith("/") and Path(each).exists()]
     return Place(

@@ -11,7 +11,8 @@ from pathlib import Path
 from hpc_gym.config.problems import Problem, nearest
 from hpc_gym.config.schema import Experiment
 from hpc_gym.errors import UserError
-from hpc_gym.plan.processes import gpus_per_replica
+from hpc_gym.plan.judge import judge_problems
+from hpc_gym.plan.processes import gpus_of_judge, gpus_per_replica
 from hpc_gym.runtimes.spec import cache_folder
 
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -23,6 +24,7 @@ def role_problems(experiment: Experiment) -> list[Problem]:
     """
     return [
         *_reserved(experiment),
+        *judge_problems(experiment),
         *_gpus(experiment),
         *_lengths(experiment),
         *_sampling(experiment),
@@ -36,7 +38,7 @@ def replicas_of(experiment: Experiment) -> int:
     """vLLM servers per rollout node."""
     if experiment.rollouts.replicas is not None:
         return experiment.rollouts.replicas
-    return max(1, experiment.gpus_per_node // gpus_per_replica(experiment))
+    return max(1, (experiment.gpus_per_node - gpus_of_judge(experiment)) // gpus_per_replica(experiment))
 
 
 def ranks_per_node(experiment: Experiment) -> int:
@@ -68,15 +70,18 @@ def model_source(written: str, folder: Path) -> str:
     )
 
 
-def refuse_absent_hub_model(model: str, cache: Path) -> None:
-    """Raises UserError when `model` is a hub name that the cache (`HF_HOME/hub`) of this machine does not hold."""
+def refuse_absent_hub_model(model: str, cache: Path, key: str = "model.path") -> None:
+    """Raises UserError when `model` is a hub name that the cache (`HF_HOME/hub`) of this machine does not hold.
+
+    `key`: where the experiment names it.
+    """
     if Path(model).is_absolute():
         return
     folder = cache / f"models--{model.replace('/', '--')}" / "snapshots"
     if not any(folder.glob("*/config.json")):
         raise UserError(
             f"the model {model} is not in the cache {cache}, and a job never downloads: fetch it first "
-            f"(`hf download {model}`), or set model.path to a folder."
+            f"(`hf download {model}`), or set {key} to a folder."
         )
 
 
@@ -111,11 +116,6 @@ def _parts_of_model(folder: Path) -> Mapping[str, bool]:
 
 
 def _reserved(experiment: Experiment) -> Iterable[Problem]:
-    if experiment.nodes.judge or experiment.judge is not None:
-        path = ("nodes", "judge") if experiment.nodes.judge else ("judge",)
-        yield Problem(
-            path, "the judge role is reserved and not served yet: verify without a judge model (leave it at 0, null)."
-        )
     if experiment.nodes.environment:
         yield Problem(
             ("nodes", "environment"),
@@ -151,8 +151,15 @@ def _gpus(experiment: Experiment) -> Iterable[Problem]:
             ("ranks_per_node",),
             f"{experiment.ranks_per_node} training ranks, but a node has {gpus} GPUs: one GPU per rank.",
         )
-    size, replicas = gpus_per_replica(experiment), replicas_of(experiment)
-    if device == "cuda" and size * replicas > gpus:
+    size, replicas, judge = gpus_per_replica(experiment), replicas_of(experiment), gpus_of_judge(experiment)
+    if device == "cuda" and judge and judge + size * replicas > gpus:
+        yield Problem(
+            ("judge", "vllm"),
+            f"the judge takes {judge} of the {gpus} GPUs of a rollout node (gpus_per_node), and vLLM for the policy "
+            f"{replicas} x {size}: that is {judge + size * replicas}. Take less in judge.vllm, vllm or "
+            "rollouts.replicas, or set judge.url.",
+        )
+    elif device == "cuda" and size * replicas > gpus:
         parts = f"tensor_parallel_size x pipeline_parallel_size x data_parallel_size = {size} GPUs per vLLM"
         key = ("vllm", "tensor_parallel_size") if size > gpus else ("rollouts", "replicas")
         yield Problem(

@@ -14,7 +14,7 @@ from hpc_gym.data.rows import check_rows
 from hpc_gym.errors import UserError
 from hpc_gym.plan.batch import Batch
 from hpc_gym.plan.checks import default_hub_cache, model_source, refuse_absent_hub_model
-from hpc_gym.plan.nemo_gym import Gym, Served, clashes, data_file, serve
+from hpc_gym.plan.nemo_gym import JUDGE, Gym, Served, clashes, data_file, serve
 from hpc_gym.plan.plan import DataSource, Runtime
 from hpc_gym.plan.processes import BASE, Names
 from hpc_gym.runtimes.spec import spec_of
@@ -64,13 +64,20 @@ class Findings:
                 )
             )
 
+    def judge(self) -> str | None:
+        """The judge's model; None where there is none to serve."""
+        judge = self.experiment.judge
+        return self._model(("judge", "model"), judge.model) if judge is not None and judge.model is not None else None
+
     def model(self) -> str:
-        key = ("model", "path")
+        return self._model(("model", "path"), self.experiment.model.path)
+
+    def _model(self, key: tuple[str, str], written: str) -> str:
         try:
-            model = model_source(self.experiment.model.path, self.composed.folder_of(key))
+            model = model_source(written, self.composed.folder_of(key))
             if self.experiment.cluster.kind == "local":
                 # The job runs where this does, so what the cache lacks now it will lack then.
-                refuse_absent_hub_model(model, default_hub_cache())
+                refuse_absent_hub_model(model, default_hub_cache(), ".".join(key))
         except UserError as error:
             self.problems.append(Problem(key, str(error)))
             return ""
@@ -80,14 +87,29 @@ class Findings:
     def environments(self) -> dict[str, Served]:
         served = {}
         for name, environment in self.experiment.environments.items():
-            each, problems = serve(name, environment, self.composed)
+            each, problems = serve(name, environment, self.composed, self.experiment.judge is not None)
             self.problems += problems
             if each is not None:
                 served[name] = each
                 for index, path in enumerate(each.config_paths):
                     self.paths["environments", name, "config_paths", index] = path
         self.problems += clashes(served)
+        self._check_judge(served)
         return served
+
+    def _check_judge(self, served: Mapping[str, Served]) -> None:
+        """A judge takes GPUs: somebody should ask it."""
+        if self.experiment.judge is None or len(served) < len(self.experiment.environments):
+            return
+        own = (kind for each in served.values() for kind in each.instances.values())
+        if not any(each.asks for each in served.values()) and "responses_api_models" not in own:
+            self.problems.append(
+                Problem(
+                    ("judge",),
+                    f"no environment asks it: point one at the model server '{JUDGE}' in its config (the shipped "
+                    "environments/math_with_judge.yaml shows how), or take this section away.",
+                )
+            )
 
     def sources(
         self, gym: Gym, kind: str, sources: Sequence[Rows], served: Mapping[str, Served]

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hpc_gym.config.compose import Composed
@@ -24,6 +25,9 @@ INSIDE = "nemo_gym:"
 """Prefix of a path inside the nemo-gym package."""
 POLICY_CONFIG = "responses_api_models/vllm_model/configs/vllm_model.yaml"
 """NeMo Gym's model server for an endpoint that speaks vLLM's chat completions. It is called `policy_model`."""
+POLICY = "policy_model"
+JUDGE = "judge_model"
+"""What most of NeMo Gym's environments call the model server that judges."""
 API_KEY = "unused"
 """NeMo Gym puts the key on its servers' command lines, so it must be none: a rollout's tag is what opens the
 endpoint.
@@ -56,10 +60,15 @@ class Served:
     agent: str
     instances: Mapping[str, str]
     definitions: Mapping[str, object]
+    asks: frozenset[str] = frozenset()
+    """Model servers that it refers to and does not define, besides the policy's: the judge."""
 
 
-def serve(name: str, environment: Environment, composed: Composed) -> tuple[Served | None, list[Problem]]:
-    """Looks up the environment's configurations and its agent."""
+def serve(
+    name: str, environment: Environment, composed: Composed, judged: bool = False
+) -> tuple[Served | None, list[Problem]]:
+    """Looks up the environment's configurations and its agent. `judged`: there is a judge for it to ask."""
+    models: set[str] = set()
     paths: list[str] = []
     problems: list[Problem] = []
     instances: dict[str, str] = {}
@@ -74,15 +83,23 @@ def serve(name: str, environment: Environment, composed: Composed) -> tuple[Serv
         paths.append(config.path)
         instances |= config.instances
         definitions |= config.definitions
-        problems += [Problem(key, sentence) for sentence in _not_servable(config, environment)]
+        models |= set(config.models)
+        problems += [Problem(key, sentence) for sentence in _not_servable(config)]
     instances |= _instances(environment.config)
+    pointed = _references(environment.config)
+    # Whoever adds configuration of their own may have pointed those of the files elsewhere.
+    sure = pointed if environment.config else models
+    if len(paths) == len(environment.config_paths):
+        where = ("environments", name, "config" if pointed else "config_paths")
+        problems += [Problem(where, sentence) for sentence in _unanswered(sure - set(instances), judged)]
     for instance in environment.config:
         definitions[instance] = (definitions.get(instance), environment.config[instance])
     if problems:
         return None, problems
     agents = [instance for instance, kind in instances.items() if kind == "responses_api_agents"]
     agent, problems = _agent(name, environment, agents)
-    return Served(tuple(paths), agent, instances, definitions), problems
+    asks = {model for model in models | pointed if re.fullmatch(r"[\w.-]+", model)} - {POLICY} - set(instances)
+    return Served(tuple(paths), agent, instances, definitions, frozenset(asks)), problems
 
 
 def clashes(served: Mapping[str, Served]) -> list[Problem]:
@@ -115,14 +132,17 @@ def data_file(written: str, folder: Path, gym: Gym) -> Path:
     return gym.packages / written.removeprefix(INSIDE)
 
 
-def node_config(config: Iterable[Mapping[str, Any]], servers: str, model_name: str) -> str:
+def node_config(
+    config: Iterable[Mapping[str, Any]], servers: str, model_name: str, judge: Mapping[str, Any] = MappingProxyType({})
+) -> str:
     """What a rollout node adds to the environments' own configurations, as YAML with placeholders.
 
-    It comes last of all configurations, and so wins over them. `servers` is NeMo Gym's `uv_venv_dir`.
+    It comes last of all configurations, and so wins over them. `servers` is NeMo Gym's `uv_venv_dir`, `judge` what
+    `plan.judge` adds.
     """
     import yaml
 
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = dict(judge)
     for more in config:
         settings = _merged(settings, more)
     settings |= {
@@ -162,7 +182,8 @@ def _config(written: str, folder: Path) -> _Config:
     if inside == written and own.is_file():
         tree = _read(own)
         instances = _instances(tree)
-        return _Config(str(own), instances, {instance: tree[instance] for instance in instances})
+        definitions = {instance: tree[instance] for instance in instances}
+        return _Config(str(own), instances, definitions, tuple(sorted(_references(tree))))
     if Path(written).is_absolute() or written.startswith((".", "~")):
         raise UserError(f"there is no file {display(own)}.")
     shipped = gym_configs()
@@ -177,7 +198,7 @@ def _config(written: str, folder: Path) -> _Config:
     )
 
 
-def _not_servable(config: _Config, environment: Environment) -> Iterable[str]:
+def _not_servable(config: _Config) -> Iterable[str]:
     # A package that is there in another version than the server pins may well do; one that is not there does not.
     absent = [line for line in config.missing if _package(line) not in _locked_packages()]
     if absent:
@@ -185,13 +206,31 @@ def _not_servable(config: _Config, environment: Environment) -> Iterable[str]:
             f"its servers need {', '.join(absent)}, which the gym runtime does not have: choose another "
             "environment, or a gym runtime of your own that has it."
         )
-    # Whoever adds configuration of their own may have pointed these elsewhere.
-    lost = [] if environment.config else sorted(set(config.models) - {"policy_model"} - set(config.instances))
-    if lost:
+
+
+def _unanswered(models: Iterable[str], judged: bool) -> Iterable[str]:
+    lost = sorted(model for model in models if model != POLICY and not model.startswith("$"))
+    if "???" in lost:
+        yield (
+            "its configuration leaves open which model server judges ('???'): name it in this environment's config, "
+            f"'{JUDGE}' for the section judge."
+        )
+    elif lost and not judged:
         yield (
             f"it asks the model server {', '.join(repr(model) for model in lost)} (a judge), which nothing defines: "
-            "define it, or name another, in this environment's config."
+            "write `judge: {model: FOLDER_OR_NAME}` or `judge: {url: https://HOST/v1, model_name: NAME, api_key_env: "
+            "VARIABLE}`, or define that server, or name another, in this environment's config."
         )
+
+
+def _references(tree: object) -> set[str]:
+    """Names of the model servers that a configuration refers to."""
+    if isinstance(tree, Mapping):
+        found: set[str] = set().union(*map(_references, tree.values()))
+        if tree.get("type") == "responses_api_models" and isinstance(tree.get("name"), str):
+            found.add(tree["name"])
+        return found
+    return set().union(*map(_references, tree)) if isinstance(tree, list) else set()
 
 
 @functools.cache

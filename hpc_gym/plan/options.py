@@ -10,7 +10,7 @@ from typing import Any
 
 from hpc_gym.config.problems import Problem, nearest, value_text
 from hpc_gym.config.provenance import KeyPath
-from hpc_gym.plan.owned import DEEPSPEED, GRPO, VLLM, ZERO_STAGE
+from hpc_gym.plan.owned import DEEPSPEED, GRPO, JUDGE_VLLM, VLLM, ZERO_STAGE
 from hpc_gym.runtimes.options import Option, Section, table
 
 _KINDS: Mapping[str, tuple[type, ...]] = {
@@ -36,7 +36,7 @@ _OURS: Mapping[KeyPath, frozenset[str]] = {("deepspeed",): frozenset({"zero_stag
 
 
 def option_problems(tree: Mapping[str, Any]) -> list[Problem]:
-    """Problems of the sections `vllm`, `grpo` and `deepspeed` of a composed experiment."""
+    """Problems of the sections `vllm`, `judge.vllm`, `grpo` and `deepspeed` of a composed experiment."""
     problems: list[Problem] = []
     sections: tuple[tuple[Section, Mapping[str, str]], ...] = (
         ("vllm", VLLM),
@@ -47,6 +47,10 @@ def option_problems(tree: Mapping[str, Any]) -> list[Problem]:
         values = tree.get(section)
         if isinstance(values, Mapping):
             problems += _section_problems(section, (section,), values, table(section), owned)
+    judge = tree.get("judge")
+    values = judge.get("vllm") if isinstance(judge, Mapping) else None
+    if isinstance(values, Mapping):
+        problems += _section_problems("vllm", ("judge", "vllm"), values, table("vllm"), JUDGE_VLLM)
     return [*problems, *_zero_problems(tree.get("deepspeed")), *_dtype_problems(tree.get("grpo"))]
 
 

@@ -51,6 +51,20 @@ VLLM: Mapping[str, str] = {
     "config": "write the options into the section vllm",
 }
 
+_JUDGE_SOCKET = "the judge's vLLM listens on a Unix socket in a private directory, which the rollout server asks"
+
+JUDGE_VLLM: Mapping[str, str] = {
+    **{
+        name: _JUDGE_SOCKET if reason == _SOCKET else reason
+        for name, reason in VLLM.items()
+        if reason == _SOCKET or name in ("headless", "nnodes", "node_rank", "master_addr", "master_port", "hf_token")
+    },
+    "model": "set judge.model",
+    "served_model_name": "NeMo Gym knows it by hpc-gym's name for it",
+    "seed": VLLM["seed"],
+    "config": "write the options into the section judge.vllm",
+}
+
 GRPO: Mapping[str, str] = {
     "output_dir": "checkpoints and the model go into the run directory",
     "run_name": "set name, or tracking.wandb.name",

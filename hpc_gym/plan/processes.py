@@ -105,44 +105,48 @@ def vllm_options(experiment: Experiment) -> dict[str, Any]:
         "disable_uvicorn_access_log": True,
         **experiment.vllm,
     }
+    return with_defaults(experiment, options)
+
+
+def with_defaults(experiment: Experiment, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of any vLLM with what the device and other options ask for."""
+    options = dict(options)
     if "tool_call_parser" in options:
         options.setdefault("enable_auto_tool_choice", True)
     if experiment.runtimes.device == "cpu":
         options.setdefault("kv_cache_memory_bytes", _CPU_KV_CACHE_BYTES)
-        if gpus_per_replica(experiment) == 1:
+        if gpus_of(options) == 1:
             options.setdefault("distributed_executor_backend", _CPU_EXECUTOR)
     return options
 
 
 def gpus_per_replica(experiment: Experiment) -> int:
-    """GPUs that one vLLM takes."""
-    sizes = (
-        experiment.vllm.get(name) or 1
-        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
-    )
+    """GPUs that one vLLM of the policy takes."""
+    return gpus_of(experiment.vllm)
+
+
+def gpus_of_judge(experiment: Experiment) -> int:
+    """GPUs of each rollout node that the judge takes."""
+    judge = experiment.judge
+    return gpus_of(judge.vllm) if judge is not None and judge.model is not None else 0
+
+
+def gpus_of(options: Mapping[str, Any]) -> int:
+    """GPUs that a vLLM with these options takes."""
     product = 1
-    for size in sizes:
-        product *= int(size)
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        product *= int(options.get(name) or 1)
     return product
 
 
 def _vllm(experiment: Experiment, names: Names, replica: int, model: str) -> Process:
     socket = f"vllm-{replica}.sock"
+    size = gpus_per_replica(experiment)
     env = {
-        **_network_env(),
+        **vllm_env(experiment, range(replica * size, (replica + 1) * size)),
         # The control endpoints for weight updates; nobody but us can reach the socket in the private directory.
         "VLLM_SERVER_DEV_MODE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_HOST_IP": "127.0.0.1",
-        "VLLM_RPC_BASE_PATH": "{private_dir}",
     }
-    if experiment.runtimes.device == "cpu":
-        # vLLM's own binding leaves a core to its API server and takes the rest, whatever else runs there. OpenMP
-        # threads spin while they wait for each other: more than one pays for large models (`cluster.role_env.rollout`).
-        env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    else:
-        size = gpus_per_replica(experiment)
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in range(replica * size, (replica + 1) * size))
     argv = [
         *("vllm", "serve", model, "--uds", f"{{private_dir}}/{socket}", "--served-model-name", MODEL_NAME),
         "--enable-scale-out",
@@ -156,12 +160,27 @@ def _vllm(experiment: Experiment, names: Names, replica: int, model: str) -> Pro
         kind="service",
         runtime=names.inference,
         argv=tuple(argv),
-        env=_role_env(experiment, "rollout", env),
+        env=role_env(experiment, "rollout", env),
         ready=Probe(kind="http", target=socket, path="/health"),
         ready_within_s=experiment.supervision.vllm_ready_s,
         alive_within_s=experiment.supervision.alive_s,
         restarts=experiment.supervision.restarts,
     )
+
+
+def vllm_env(experiment: Experiment, gpus: range) -> dict[str, str]:
+    """The environment of any vLLM, which has these GPUs of its node."""
+    env = {
+        **_network_env(),
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_RPC_BASE_PATH": "{private_dir}",
+    }
+    if experiment.runtimes.device == "cpu":
+        # vLLM's own binding leaves a core to its API server and takes the rest, whatever else runs there. OpenMP
+        # threads spin while they wait for each other: more than one pays for large models (`cluster.role_env.rollout`).
+        return env | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    return env | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
 
 
 def _gym(experiment: Experiment, names: Names, text: str, config_paths: Sequence[str]) -> Process:
@@ -185,7 +204,7 @@ def _gym(experiment: Experiment, names: Names, text: str, config_paths: Sequence
         kind="service",
         runtime=names.gym,
         argv=argv,
-        env=_role_env(experiment, "rollout", env),
+        env=role_env(experiment, "rollout", env),
         files=(ConfigFile(own, text),),
         ports=("gym-head", "gym*100"),
         ready=Probe(kind="gym", target="gym-head"),
@@ -208,7 +227,7 @@ def _rollout_server(experiment: Experiment, index: int) -> Process:
         kind="service",
         runtime=BASE,
         argv=argv,
-        env=_role_env(experiment, "rollout", {}),
+        env=role_env(experiment, "rollout", {}),
         ports=("policy",),
         listen=(endpoint,),
         ready=Probe(kind="notify"),
@@ -237,12 +256,13 @@ def _trainer_env(experiment: Experiment, rank: int, local: int, ranks: int) -> d
     }
     if experiment.runtimes.device == "cpu":
         env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return _role_env(experiment, "train", env)
+    return role_env(experiment, "train", env)
 
 
 def _network_env() -> dict[str, str]:
     return {"GLOO_SOCKET_IFNAME": "{interface}", "NCCL_SOCKET_IFNAME": "{interface}"}
 
 
-def _role_env(experiment: Experiment, role: Any, env: Mapping[str, str]) -> dict[str, str]:
+def role_env(experiment: Experiment, role: Any, env: Mapping[str, str]) -> dict[str, str]:
+    """`env` with what the cluster's profile says for the role, which wins."""
     return {**env, **experiment.cluster.role_env.get(role, {})}

@@ -20,8 +20,9 @@ from hpc_gym.plan import plan as frozen
 from hpc_gym.plan.batch import Batch, batch_of
 from hpc_gym.plan.checks import ranks_per_node, replicas_of, role_problems
 from hpc_gym.plan.findings import Findings
+from hpc_gym.plan.judge import judge_processes, judge_servers, judge_settings, secret_names
 from hpc_gym.plan.launch import launch
-from hpc_gym.plan.nemo_gym import Gym, Served, node_config
+from hpc_gym.plan.nemo_gym import API_KEY, Gym, Served, node_config
 from hpc_gym.plan.options import option_problems
 from hpc_gym.plan.processes import BASE, MODEL_NAME, Names, rollout_processes, train_processes
 from hpc_gym.plan.settings import deepspeed_config, grpo_fields
@@ -104,7 +105,7 @@ def _resolve(composed: Composed, experiment: Experiment) -> Resolved:
     batch, problems = batch_of(experiment.grpo, experiment.nodes.train * ranks, experiment.max_staleness)
     found.problems += problems
     found.check_saves(batch)
-    model = found.model()
+    model, judge = found.model(), found.judge()
     served = found.environments()
     train = found.sources(gym, "train", experiment.data.train, served)
     held_out = found.sources(gym, "eval", experiment.data.eval, served)
@@ -118,7 +119,7 @@ def _resolve(composed: Composed, experiment: Experiment) -> Resolved:
     runs_dir = (Path.cwd() / Path(experiment.cluster.runs_dir).expanduser()).resolve()
     run_dir = str(runs_dir / experiment.name)
     found.paths["cluster", "runs_dir"] = str(runs_dir)
-    nodes = _nodes(experiment, names, model, ranks, runtimes, served)
+    nodes = _nodes(experiment, names, model, judge, ranks, runtimes, served)
     plan = frozen.Plan(
         name=experiment.name,
         run_dir=run_dir,
@@ -127,12 +128,12 @@ def _resolve(composed: Composed, experiment: Experiment) -> Resolved:
         nodes=nodes,
         runtimes=runtimes,
         environments=_environments(experiment, served),
-        rollout=_rollout_settings(experiment),
+        rollout=_rollout_settings(experiment, judge),
         training=_training(experiment, batch, model, train, held_out, run_dir),
         launch=launch(experiment),
         supervision=_supervision(experiment),
         env={"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", **experiment.cluster.env},
-        secrets=tuple(experiment.secrets),
+        secrets=secret_names(experiment),
     )
     return Resolved(experiment, composed.provenance, found.paths, plan)
 
@@ -144,12 +145,13 @@ def _environments(experiment: Experiment, served: Mapping[str, Served]) -> tuple
     )
 
 
-def _rollout_settings(experiment: Experiment) -> frozen.RolloutSettings:
+def _rollout_settings(experiment: Experiment, judge: str | None) -> frozen.RolloutSettings:
     return frozen.RolloutSettings(
         model_name=MODEL_NAME,
         max_model_len=experiment.vllm["max_model_len"],
         max_concurrent=experiment.rollouts.max_concurrent,
         replicas=replicas_of(experiment),
+        judge=judge_settings(experiment, judge),
     )
 
 
@@ -171,6 +173,7 @@ def _nodes(
     experiment: Experiment,
     names: Names,
     model: str,
+    judge: str | None,
     ranks: int,
     runtimes: Mapping[str, frozen.Runtime],
     served: Mapping[str, Served],
@@ -178,7 +181,10 @@ def _nodes(
     """Rollout nodes first: the coordinator is on a node that no checkpoint is written from."""
     paths = list(dict.fromkeys(path for each in served.values() for path in each.config_paths))
     config = [environment.config for environment in experiment.environments.values()]
-    text = node_config(config, f"{runtimes[names.gym].folder}/servers", MODEL_NAME)
+    asked = {name for each in served.values() for name in each.asks}
+    defined = {name for each in served.values() for name in each.instances}
+    judged = judge_servers(experiment.judge, asked - defined, API_KEY)
+    text = node_config(config, f"{runtimes[names.gym].folder}/servers", MODEL_NAME, judged)
     rollout = experiment.nodes.rollout
     separate = len(launch(experiment).components) > 1
     nodes = [
@@ -187,7 +193,10 @@ def _nodes(
             "rollout",
             index,
             0,
-            rollout_processes(experiment, names, index, model, replicas_of(experiment), text, paths),
+            (
+                *judge_processes(experiment, names, judge),
+                *rollout_processes(experiment, names, index, model, replicas_of(experiment), text, paths),
+            ),
         )
         for index in range(rollout)
     ]

@@ -71,7 +71,7 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     """State of a rollout server and of what it stands in front of."""
 
     ready: bool
-    """vLLM and NeMo Gym are there: rollouts can run (perhaps after a weight update)."""
+    """vLLM, NeMo Gym and the judge are there: rollouts can run (perhaps after a weight update)."""
     nonce: str
     """Differs after a restart of the rollout server."""
     status: str
@@ -82,6 +82,8 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     """Servers of NeMo Gym; 0 while its head server does not answer."""
     running: int
     queued: int
+    judged: int = 0
+    """Requests that the judge has answered."""
 
 
 class WeightsInit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -33,6 +33,7 @@ from hpc_gym.protocol.notify import notify
 from hpc_gym.protocol.secrets import read_secrets
 from hpc_gym.rollout.batches import Batches
 from hpc_gym.rollout.gym import NemoGym
+from hpc_gym.rollout.judge import JudgeEndpoint
 from hpc_gym.rollout.policy import PolicyEndpoint
 from hpc_gym.rollout.replicas import Replicas
 from hpc_gym.rollout.runs import BadRow, Rollouts
@@ -84,11 +85,13 @@ class RolloutServer:
         replicas: int,
         max_concurrent: int,
         gym_port: int,
+        judge: JudgeEndpoint | None = None,
     ) -> None:
         self.nonce = secrets.token_hex(8)
         self.replicas = Replicas(private_dir, replicas)
         self.gym = NemoGym(gym_port, lambda lost: self.rollouts.lost(lost))
         self.policy = policy
+        self.judge = judge
         self.rollouts = Rollouts(environments, self.replicas, self.gym, policy, max_concurrent)
         self.batches = Batches(self.rollouts)
         self.weights = Weights(self.replicas)
@@ -99,15 +102,21 @@ class RolloutServer:
         up = sum(replica.state != "loading" for replica in replicas)
         gym = f"{self.gym.answering}/{self.gym.total or '?'}"
         return messages.Health(
-            ready=up == len(replicas) and self.gym.ready,
+            ready=up == len(replicas) and self.gym.ready and (self.judge is None or self.judge.up),
             nonce=self.nonce,
-            status=f"vLLM {up}/{len(replicas)} ready, NeMo Gym {gym} servers ready",
+            status=f"vLLM {up}/{len(replicas)} ready, NeMo Gym {gym} servers ready{self._judge_status()}",
             replicas=replicas,
             gym_ready=self.gym.answering,
             gym_total=self.gym.total,
             running=self.rollouts.running,
             queued=self.rollouts.queued,
+            judged=self.judge.answered if self.judge else 0,
         )
+
+    def _judge_status(self) -> str:
+        if self.judge is None:
+            return ""
+        return ", judge ready" if self.judge.up else ", judge loading"
 
     def public(self, token: str) -> ASGIApp:
         """The application of the public listener."""
@@ -122,16 +131,20 @@ class RolloutServer:
 
     def loopback(self) -> ASGIApp:
         """The application of the policy endpoint."""
-        return Starlette(
-            routes=[
-                Route("/v1/chat/completions", self.policy.chat_completions, methods=["POST"]),
-                Route("/v1/models", self.policy.models, methods=["GET"]),
-            ]
-        )
+        routes = [
+            Route("/v1/chat/completions", self.policy.chat_completions, methods=["POST"]),
+            Route("/v1/models", self.policy.models, methods=["GET"]),
+        ]
+        if self.judge is not None:
+            routes += self.judge.routes("/judge/v1")
+        return Starlette(routes=routes)
 
     async def watch(self) -> None:
         """Keeps an eye on vLLM and NeMo Gym, and tells the supervisor that it does, for ever."""
-        watches = [asyncio.ensure_future(watch) for watch in (self.replicas.watch(), self.gym.watch(), self._report())]
+        watched = [self.replicas.watch(), self.gym.watch(), self._report()]
+        if self.judge is not None:
+            watched.append(self.judge.watch())
+        watches = [asyncio.ensure_future(watch) for watch in watched]
         try:
             await asyncio.gather(*watches)
         finally:
@@ -140,6 +153,8 @@ class RolloutServer:
             await asyncio.gather(*watches, return_exceptions=True)
             await self.gym.close()
             await self.replicas.close()
+            if self.judge is not None:
+                await self.judge.close()
 
     async def _report(self) -> None:
         said = ""
@@ -266,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
 
 async def _run(arguments: Arguments) -> None:
     plan = Plan.read(arguments.run_dir)
-    token = read_secrets(arguments.secrets).token
+    secret = read_secrets(arguments.secrets)
     public = socket.socket(fileno=arguments.fd)
     loopback = socket.create_server(("127.0.0.1", arguments.policy_port), backlog=4096)
     host, port = public.getsockname()[:2]
@@ -279,8 +294,9 @@ async def _run(arguments: Arguments) -> None:
         settings.replicas,
         settings.max_concurrent,
         arguments.gym_port,
+        JudgeEndpoint(settings.judge, arguments.private_dir, secret.env) if settings.judge else None,
     )
-    await serve(server, token, public, loopback)
+    await serve(server, secret.token, public, loopback)
 
 
 def _json(value: object) -> Response:

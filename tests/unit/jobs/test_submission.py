@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from hpc_gym.jobs.executor import HpcgymExecutor
 from hpc_gym.jobs.request import Request
 from hpc_gym.jobs.snapshot import snapshot
 from hpc_gym.jobs.submission import submit_request
-from hpc_gym.plan.plan import Launch, Plan
+from hpc_gym.plan.plan import Judge, Launch, Plan
 from hpc_gym.runtimes.spec import MARKER, default_names, spec_of
 
 __all__ = ["project"]
@@ -150,3 +151,15 @@ def test_run_directory_is_private_only_where_it_holds_secrets(tmp_path: Path, mo
     assert (stat.S_IMODE(secret.stat().st_mode), secret.read_text()) == (0o600, '{"env": {"A_TOKEN": "hunter2"}}')
     assert stat.S_IMODE(run_dir.stat().st_mode) & 0o055 == 0o777 & ~submission._umask() & 0o055
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["x"]
+
+
+def test_a_judge_whose_key_is_not_set_is_refused_and_nothing_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    wanted = request(tmp_path / "runs" / "x", secrets=("JUDGE_KEY",))
+    rollout = replace(wanted.plan.rollout, judge=Judge("big", 5, "https://a.example/v1", "JUDGE_KEY"))
+    wanted = replace(wanted, plan=replace(wanted.plan, rollout=rollout))
+    with pytest.raises(UserError, match=r"judge.api_key_env: JUDGE_KEY is not set here"):
+        submit_request(wanted, Path.touch)
+    assert list((tmp_path / "runs").iterdir()) == []

@@ -68,7 +68,7 @@ CUDA = "runtimes: {device: cuda, inference: inference-cpu, train: train-cpu}\n"
         (["vllm.max_model_len=null"], "vllm: max_model_len is missing"),
         # roles
         (["gpus_per_node=2"], "gpus_per_node: 2 GPUs, but runtimes.device is cpu"),
-        (["nodes.judge=1"], "nodes.judge: the judge role is reserved"),
+        (["nodes.judge=1"], "nodes.judge: nodes of its own for the judge are reserved"),
         (["nodes.environment=1"], "nodes.environment: nodes of their own for environments are reserved"),
         (["weights.transfer=nccl"], "weights.transfer: 'nccl' needs GPUs"),
         (["weights.transfer=adapter"], "weights.transfer: 'adapter' is reserved"),
@@ -288,9 +288,3 @@ def test_any_environment_of_nemo_gym_is_added_by_its_path_alone(project: Project
     path = "resources_servers/example_multi_step/configs/example_multi_step.yaml"
     plan = project.plan(more=f"environments: {{mine: {{config_paths: [{path}]}}}}\n")
     assert plan.environments[-1].agent == "example_multi_step_simple_agent"
-
-
-def test_a_judge_must_be_named(project: Project) -> None:
-    (project.folder / "judged.yaml").write_text("extends: [./small.yaml, environments/equivalence_llm_judge]\n")
-    with pytest.raises(UserError, match=r"judge_model_server\.name: must be set"):
-        plan_for("judged.yaml")
