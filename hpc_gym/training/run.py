@@ -32,7 +32,7 @@ WAIT_FOR_SERVERS_S = 3600.0
 
 
 class TrainingRun:
-    """Everything is made here, while the rollout nodes load; `execute` waits for them and trains."""
+    """Everything is made here, and DeepSpeed set up, while the rollout nodes load: then training begins at once."""
 
     def __init__(self, plan: Plan, client: RolloutClient, stop: StopSignal, attempt: int) -> None:
         self._client = client
@@ -68,6 +68,7 @@ class TrainingRun:
             ranks,
             stop,
             environments,
+            self._wait_for_servers,
         )
         notify(STATUS="loading the model")
         quiet_libraries()
@@ -89,11 +90,6 @@ class TrainingRun:
 
     def execute(self, export: Path) -> int:
         """Trains to the end, evaluates and exports. Returns 0; raises StopRequested after a checkpoint was written."""
-        with suppress(StopRequested), self._stop.interruptible():
-            self._client.wait_ready(WAIT_FOR_SERVERS_S, lambda status: notify(WATCHDOG=1, STATUS=f"waiting: {status}"))
-        if self._ranks.any(self._stop.requested):
-            raise StopRequested
-        notify(READY=1, STATUS="training")
         trainer = self._trainer
         try:
             trainer.train(resume_from_checkpoint=str(self._resumed.path) if self._resumed else None)
@@ -107,6 +103,13 @@ class TrainingRun:
         export_model(trainer, export, self._ranks)
         notify(STATUS=f"trained {trainer.state.global_step} steps")
         return 0
+
+    def _wait_for_servers(self) -> None:
+        with suppress(StopRequested), self._stop.interruptible():
+            self._client.wait_ready(WAIT_FOR_SERVERS_S, lambda status: notify(WATCHDOG=1, STATUS=f"waiting: {status}"))
+        if self._ranks.any(self._stop.requested):
+            raise StopRequested
+        notify(READY=1, STATUS="training")
 
     def close(self, exit_code: int) -> None:
         """Ends what outlives the process otherwise."""

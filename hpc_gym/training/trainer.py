@@ -6,6 +6,7 @@ import logging
 import math
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,6 +187,7 @@ class StepCallback(TrainerCallback):
         ranks: Ranks,
         stop: StopSignal,
         environments: list[str],
+        wait_for_servers: Callable[[], None],
     ) -> None:
         self.trainer: PolicyTrainer
         """Set by whoever makes the trainer, which wants its callbacks first."""
@@ -196,6 +198,7 @@ class StepCallback(TrainerCallback):
         self._ranks = ranks
         self._stop = stop
         self._environments = environments
+        self._wait_for_servers = wait_for_servers
         self._began = 0.0
         self._weights_before = 0.0
 
