@@ -48,6 +48,7 @@ def demo(
     # A terminated demo stops its job in good order, as an interrupted one does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     changes = [*(overrides or ()), *([] if steps is None else [f"grpo.max_steps={steps}"])]
+    _refuse_wrong(run_name, changes)
     if run_name is not None:
         _refuse_taken(run_name, changes)
     began = time.monotonic()
@@ -100,6 +101,20 @@ def _runs_dir(overrides: Sequence[str]) -> Path:
     composed = compose("demo", overrides)
     named = Path(composed.tree["cluster"]["runs_dir"]).expanduser()
     return (composed.folder_of(("cluster", "runs_dir")) / named).resolve()
+
+
+def _refuse_wrong(run_name: str | None, changes: Sequence[str]) -> None:
+    """Says before anything takes time what is wrong besides the model and the rows, which are made later."""
+    import json
+
+    from hpc_gym.config.problems import refuse
+    from hpc_gym.plan.resolve import NotReadyError, resolve
+
+    named = [] if run_name is None else [f"name={json.dumps(run_name)}"]
+    try:
+        resolve("demo", [*changes, *named])
+    except NotReadyError as error:
+        refuse([each for each in error.problems if each.path[0] not in ("model", "data")], error.described.provenance)
 
 
 def _refuse_taken(name: str, overrides: Sequence[str]) -> None:

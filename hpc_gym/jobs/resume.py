@@ -14,6 +14,7 @@ from hpc_gym.jobs.job import HpcgymJob
 from hpc_gym.jobs.request import Request
 from hpc_gym.jobs.state import CANCEL_MARK, has_ended, job_state, last_outcome
 from hpc_gym.jobs.submission import start, write_job, write_secrets
+from hpc_gym.jobs.submit import refuse_missing_runtimes
 from hpc_gym.plan.resolve import resolve
 
 _OF_THE_JOB = ("experiment.yaml", "plan.json", "job.sh", records.RECORD)
@@ -35,6 +36,7 @@ def resume(job: str = "latest", overrides: Sequence[str] = ()) -> HpcgymJob:
     resolved = resolve(run_dir / "experiment.yaml", overrides)
     if Path(resolved.plan.run_dir) != run_dir:
         raise UserError(f"a resumed run stays in {run_dir}: leave out overrides of name and cluster.runs_dir")
+    refuse_missing_runtimes(resolved.plan)
     _refuse_other_ranks(run_dir, resolved.plan.training.world_size)
     request = Request(resolved.plan, record.experiment, resolved.experiment_yaml, record.cluster, tuple(overrides))
     _keep(run_dir)

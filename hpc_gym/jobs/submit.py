@@ -28,8 +28,7 @@ def submit(
 
 def submit_prepared(request: Request) -> HpcgymJob:
     """Submits what `prepare` gave. Raises UserError when a job on this machine has no runtimes to run in."""
-    if request.plan.launch.kind == "local":
-        _refuse_missing_runtimes(request.plan)
+    refuse_missing_runtimes(request.plan)
     # Late, for they cost more than everything that a dry run imports.
     from submitit.core.utils import DelayedSubmission
 
@@ -41,8 +40,13 @@ def submit_prepared(request: Request) -> HpcgymJob:
     return HpcgymJob.of(submit_request(request, submission.dump))
 
 
-def _refuse_missing_runtimes(plan: Plan) -> None:
-    """A job elsewhere may see what this machine does not; `hpc-gym check` looks at its runtimes."""
+def refuse_missing_runtimes(plan: Plan) -> None:
+    """Raises UserError when a job on this machine has no runtimes to run in.
+
+    A job elsewhere may see what this machine does not: `hpc-gym check` looks at its runtimes.
+    """
+    if plan.launch.kind != "local":
+        return
     from hpc_gym.errors import UserError
     from hpc_gym.jobs.check import missing_of
 

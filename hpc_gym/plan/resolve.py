@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_gym.config.compose import Composed, compose
-from hpc_gym.config.problems import refuse
+from hpc_gym.config.problems import Problem, refuse
 from hpc_gym.config.provenance import KeyPath, Provenance, Setting
 from hpc_gym.config.schema import Experiment, Section
 from hpc_gym.config.validate import validate
@@ -65,8 +65,9 @@ class Resolved(Described):
 class NotReadyError(UserError):
     """What a well-formed experiment asks for is not there, or does not go together; `described` can still be shown."""
 
-    def __init__(self, text: str, described: Described) -> None:
+    def __init__(self, text: str, problems: Sequence[Problem], described: Described) -> None:
         super().__init__(text)
+        self.problems = tuple(problems)
         self.described = described
 
 
@@ -112,7 +113,9 @@ def _resolve(composed: Composed, experiment: Experiment) -> Resolved:
     try:
         refuse(found.problems, composed.provenance)
     except UserError as error:
-        raise NotReadyError(str(error), Described(experiment, composed.provenance, found.paths)) from None
+        raise NotReadyError(
+            str(error), found.problems, Described(experiment, composed.provenance, found.paths)
+        ) from None
     assert batch is not None
 
     # Relative to where the user submits, whichever cluster profile says it.

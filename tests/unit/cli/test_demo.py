@@ -31,6 +31,26 @@ def test_the_table_fits_a_terminal_of_80_columns(
         assert words in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["grpo.max_stps=3"], "did you mean 'max_steps'?"),
+        (["grpo.num_generations=7"], "grpo.num_generations: 7 must divide"),
+        (["--run-name", "a/b"], "must be usable as a folder's name"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_built(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HPC_GYM_CACHE", str(tmp_path / "cache"))
+    assert run(["demo", *arguments]) == 2
+    told = capsys.readouterr().err
+    assert says in told
+    assert "there is no" not in told  # the model and the rows are not expected yet
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_run_name_that_is_taken_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "demo-x").mkdir()
     assert run(["demo", "--run-name", "demo-x", f"cluster.runs_dir={tmp_path}"]) == 2
