@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the job or check failed, 2 the request was wrong, 130 inte
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import os
@@ -128,9 +129,14 @@ def main() -> None:
     try:
         code = run()
         gc.freeze()
-        sys.stdout.flush()
-    except BrokenPipeError:
+        if sys.stdout is not None:  # `>&-` closes it
+            sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
+            raise
         # The reader of our output went away, as `head` does: no message, also not from the flush at exit.
+        if error.errno != errno.EPIPE:
+            sys.stderr.write(f"hpc-gym: {error.strerror}: {error.filename or 'the output could not be written'}\n")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     sys.exit(code)

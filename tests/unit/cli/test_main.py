@@ -160,3 +160,20 @@ def test_names_are_completed(words: str, offered: str, environment: dict[str, st
     asked = {"_HPC_GYM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
     told = hpc_gym(environment | asked)
     assert offered in told.stdout.split()
+
+
+def test_output_that_cannot_be_written_is_told_without_a_traceback(environment: dict[str, str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        told = subprocess.run(
+            [*HPC_GYM, "--help"],
+            env=environment,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert (told.returncode, told.stderr) == (1, "hpc-gym: No space left on device: the output could not be written\n")
+    closed = ["bash", "-c", 'exec "$@" >&-', "bash", *HPC_GYM, "list"]
+    told = subprocess.run(closed, env=environment, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert "Traceback" not in told.stderr
