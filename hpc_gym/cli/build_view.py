@@ -32,6 +32,12 @@ def build_with_view(names: Sequence[str]) -> None:
     if not sys.stderr.isatty() or all(is_built(spec_of(name)) for name in names):
         build(names, Lines())
         return
+    with progress_bars() as progress:
+        build(names, Bars(progress, names))
+
+
+def progress_bars() -> Any:
+    """A rich `Progress` on stderr; a task's field `stage` says what is being done."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -42,8 +48,7 @@ def build_with_view(names: Sequence[str]) -> None:
         TextColumn("{task.fields[stage]}", style="dim"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        build(names, Bars(progress, names))
+    return Progress(*columns, console=Console(stderr=True))
 
 
 class Lines:

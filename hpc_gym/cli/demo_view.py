@@ -13,7 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from hpc_gym.cli.build_view import Bars, Lines
+from hpc_gym.cli.build_view import Bars, Lines, progress_bars
 from hpc_gym.cli.live import duration
 from hpc_gym.jobs.report import EDGE_STEPS, Gain, Report
 from hpc_gym.runtimes.install import Event
@@ -37,16 +37,7 @@ def preparation_view(runtimes: Sequence[str]) -> Iterator[PreparationView]:
     if not sys.stderr.isatty():
         yield _Lines()
         return
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (
-        SpinnerColumn(finished_text="✓"),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[stage]}", style="dim"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with progress_bars() as progress:
         yield _Bars(progress, runtimes)
 
 
