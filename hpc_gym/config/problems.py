@@ -17,6 +17,8 @@ class Problem:
 
     path: KeyPath
     message: str
+    others: tuple[KeyPath, ...] = ()
+    """Further keys that the numbers in it come from: it is told where they are set."""
 
 
 def refuse(problems: Sequence[Problem], provenance: Provenance) -> None:
@@ -31,11 +33,13 @@ def refuse(problems: Sequence[Problem], provenance: Provenance) -> None:
 
 
 def problem_line(problem: Problem, provenance: Provenance) -> str:
-    """`where: key: sentence`."""
+    """`where: key: sentence`, and where the other keys are set that it speaks of."""
     parts = [provenance.where(problem.path)]
     if problem.path:
         parts.append(key_text(problem.path))
-    return ": ".join([*parts, problem.message])
+    others = [(key_text(path), provenance.history(path)) for path in problem.others]
+    told = "; ".join(f"{key}: {found[-1].where}" for key, found in others if found and found[-1].value is not None)
+    return ": ".join([*parts, problem.message]) + (f" ({told})" if told else "")
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -14,6 +14,16 @@ from typing import Any
 
 from hpc_gym.config.problems import Problem
 
+_SIZES = (
+    ("grpo", "per_device_train_batch_size"),
+    ("grpo", "gradient_accumulation_steps"),
+    ("grpo", "steps_per_generation"),
+    ("grpo", "generation_batch_size"),
+    ("nodes", "train"),
+    ("ranks_per_node",),
+)
+"""Keys that the size of a batch follows from."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -102,6 +112,7 @@ def _cut_groups(counts: _Counts) -> Iterable[Problem]:
             f"{counts.generations} must divide the generation batch of {batch} completions ({counts.told} x "
             f"steps_per_generation {counts.per_generation}), for a group must not be cut; {_divisors(batch)}, or "
             "change per_device_train_batch_size, gradient_accumulation_steps or the number of ranks.",
+            _SIZES,
         )
         return
     completions, per_prompt = counts.micro * counts.accumulation, counts.generations * counts.iterations
@@ -110,6 +121,7 @@ def _cut_groups(counts: _Counts) -> Iterable[Problem]:
             ("grpo", "num_generations"),
             f"an optimizer step uses {completions} completions ({counts.told} x {counts.accumulation} accumulated), "
             f"which is no whole number of prompts at {per_prompt} uses each: raise gradient_accumulation_steps.",
+            _SIZES,
         )
 
 
@@ -129,6 +141,7 @@ def _off_policy(counts: _Counts, max_staleness: int) -> Iterable[Problem]:
             "gradient_accumulation_steps "
             f"= {counts.accumulation}: the weights would change while a generation batch is still being used. Set "
             f"grpo.gradient_accumulation_steps to {counts.used}, or steps_per_generation to {counts.accumulation}.",
+            _SIZES[1:4],
         )
 
 

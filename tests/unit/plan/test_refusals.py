@@ -212,6 +212,14 @@ def test_an_environment_without_one_agent_is_refused(project: Project, text: str
     assert says in project.refused(more="environments: {mine: {config_paths: [env.yaml]}}\n")
 
 
+def test_a_wrong_batch_tells_where_its_sizes_are_set(project: Project) -> None:
+    message = project.refused("nodes.train=3", more="grpo: {per_device_train_batch_size: 1}\n")
+    assert "small.yaml:" in message
+    assert message.endswith("(grpo.per_device_train_batch_size: top.yaml:2; nodes.train: override 'nodes.train=3')"), (
+        message
+    )
+
+
 def test_a_missing_environment_file_is_refused(project: Project) -> None:
     message = project.refused(more="environments: {mine: {config_paths: [./env.yaml], agent: a}}\n")
     assert "top.yaml:2: environments.mine.config_paths.0: there is no file env.yaml." in message
