@@ -131,6 +131,8 @@ def main() -> None:
         gc.freeze()
         if sys.stdout is not None:  # `>&-` closes it
             sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 130
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
             raise
