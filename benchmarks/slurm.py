@@ -30,7 +30,8 @@ def measured(settings: dict[str, int]) -> list[dict[str, Any]]:
         path = Path(folder) / "figures"
         environment = {**os.environ, "HPC_GYM_FIGURES": str(path), "HPC_GYM_SLURM_SETTINGS": json.dumps(settings)}
         command = [sys.executable, "-m", "pytest", "-q", *TESTS, "-k", EVERYTHING, "--timeout", "900"]
-        subprocess.run(command, env=environment | {"HPC_GYM_REQUIRE_SLURM": "1"}, check=True)
+        # A test that fails has not noted its figure, and has said why.
+        subprocess.run(command, env=environment | {"HPC_GYM_REQUIRE_SLURM": "1"}, check=False)
         return [json.loads(line) for line in path.read_text().splitlines()]
 
 

@@ -7,7 +7,6 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,7 @@ def inputs() -> DemoInputs:
 
 
 @pytest.fixture
-def demo(
-    slurm_cluster: Cluster, shared: Path, inputs: DemoInputs, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[SlurmJob]:
+def demo(slurm_cluster: Cluster, shared: Path, inputs: DemoInputs, monkeypatch: pytest.MonkeyPatch) -> SlurmJob:
     """The demo's job as a heterogeneous one, of a few steps and without evaluations."""
     monkeypatch.setenv("XDG_STATE_HOME", str(shared / "state"))
     job = submit(
@@ -54,10 +51,7 @@ def demo(
         ],
         cluster="slurm-test",
     )
-    run = SlurmJob(job, slurm_cluster)
-    yield run
-    slurm_cluster.cancel_all()
-    slurm_cluster.up()
+    return SlurmJob(job, slurm_cluster)
 
 
 def rows(run: SlurmJob) -> list[dict[str, Any]]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
-from cluster import Cluster
 from slurm_jobs import FOREVER, SlurmJob, service, task
 
 Submit = Callable[..., SlurmJob]
@@ -22,14 +21,6 @@ signal.signal(signal.SIGUSR2, lambda *_: sys.exit(85))
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 while True: time.sleep(0.1)
 """
-
-
-@pytest.fixture(autouse=True)
-def whole_again(slurm_cluster: Cluster) -> Iterator[None]:
-    """Crashed nodes and daemons come back."""
-    yield
-    slurm_cluster.cancel_all()
-    slurm_cluster.up()
 
 
 def small_job(submit: Submit, **how: object) -> SlurmJob:
