@@ -61,6 +61,19 @@ def states(job_ids: Sequence[str]) -> dict[str, str]:
     return {job_id: _joined(states) for job_id, states in found.items()}
 
 
+def why_waiting(record: JobRecord) -> str:
+    """Why a job waits and when it is expected to start, in Slurm's words; "" where it cannot tell."""
+    try:
+        listed = ask(
+            ["squeue", "--noheader", "--states=PENDING", "--format=%r|%S", f"--jobs={','.join(record.job_ids)}"]
+        )
+    except UserError:
+        return ""
+    reason, _, start = (listed.splitlines() or [""])[0].partition("|")
+    expected = f", expected start {start.replace('T', ' ')}" if start not in ("", "N/A") else ""
+    return f"{reason}{expected}" if reason not in ("", "None") else expected.removeprefix(", ")
+
+
 def cancel(record: JobRecord, kill: bool = False) -> None:
     """Asks the job to stop: a running one by a signal to its batch script, so that it ends in good order however short
     KillWait is; one that waits, or any with `kill`, through Slurm.

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 from hpc_gym.jobs.progress import AttemptProgress
 from hpc_gym.jobs.records import JobRecord
 from hpc_gym.jobs.script_log import without_outcome
+from hpc_gym.jobs.slurm import why_waiting
 from hpc_gym.jobs.stages import Stage, stages_of
 from hpc_gym.jobs.state import has_ended, job_state
 from hpc_gym.plan.plan import Plan
@@ -128,7 +129,7 @@ class StatusReader:
             attempt=progress.attempt,
             submitted=record.submitted,
             seconds=max(0.0, now - record.submitted),
-            stages=stages_of(self._plan, record, progress, self._steps_told(), self.evaluations, state, now),
+            stages=self._stages(state, now),
             step=int(last.get("step", 0)),
             max_steps=max_steps,
             reward=_number(last.get("reward")),
@@ -144,6 +145,14 @@ class StatusReader:
             notes=tuple(progress.notes),
             outcome=outcome.sentence() if outcome else ended_without,
         )
+
+    def _stages(self, state: str, now: float) -> tuple[Stage, ...]:
+        stages = stages_of(self._plan, self.record, self._progress, self._steps_told(), self.evaluations, state, now)
+        if state != "PENDING" or self.record.kind != "slurm":
+            return stages
+        # Before its first attempt, or between two of them.
+        detail = ", ".join(filter(None, ["again" if self._progress.attempt else "", why_waiting(self.record)]))
+        return (replace(stages[0], state="running", detail=detail), *stages[1:])
 
     def _read_events(self) -> None:
         latest = self._run_dir / "attempts" / "latest"

@@ -93,6 +93,8 @@ def test_cancel_of_a_running_job_is_orderly_and_slurm_calls_it_cancelled(submit:
 def test_a_waiting_job_is_cancelled_at_once(submit: Submit) -> None:
     run = submit([task("rank-0", FOREVER)], options={"begin": "now+1hour"})
     assert run.job.state == "PENDING"
+    queued = run.job.status().stages[0]
+    assert (queued.state, queued.detail.partition(" 20")[0]) == ("running", "BeginTime, expected start")
     run.job.cancel()
     assert run.job.state == "CANCELLED"
 
