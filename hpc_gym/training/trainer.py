@@ -203,6 +203,7 @@ class StepCallback(TrainerCallback):
         self._weights_before = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._wait_for_servers()
         # Also what a stop in the middle of an evaluation left out.
         self.evaluate("before" if state.global_step == 0 else "step")
 
