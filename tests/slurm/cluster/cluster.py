@@ -38,6 +38,12 @@ MARKER = ".hpc-gym-slurm"
 """Names a folder as made by us: only such a folder is ever emptied."""
 
 
+def _works_in_tmp() -> bool:
+    """Whether the checkout, its interpreter or the cache that the tests use lies under /tmp."""
+    cache = os.environ.get("HPC_GYM_CACHE", Path.home() / ".cache")
+    return any(Path(path).resolve().is_relative_to("/tmp") for path in (__file__, sys.executable, cache))
+
+
 @dataclass(frozen=True)
 class Settings:
     """How the cluster is made. Times in seconds; production's defaults stand in brackets."""
@@ -49,8 +55,10 @@ class Settings:
     gpus: int = 8
     accounting: int = 1
     """0: no slurmdbd, so no `sacct`."""
-    private_tmp: int = 1
-    """1: every node has a /tmp of its own, which shows what should have been on shared storage."""
+    private_tmp: int = dataclasses.field(default_factory=lambda: int(not _works_in_tmp()))
+    """1: every node has a /tmp of its own, which shows what should have been on shared storage. 0 where the nodes would
+    lose the checkout or the runtimes with it.
+    """
     hosts: int = 0
     """1: the nodes' names are written to the machine's /etc/hosts too."""
     kill_wait: int = 5
@@ -72,9 +80,11 @@ def main(command: str) -> None:
     parser = argparse.ArgumentParser(prog=command, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("/tmp/hpc-gym-slurm"), help="state, logs and configuration")
     if command == "up":
+        defaults = Settings()
         for field in dataclasses.fields(Settings):
             kind = {"int": int, "str": str}[str(field.type)]
-            parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, help=f"default {field.default!r}")
+            default = getattr(defaults, field.name)
+            parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, help=f"default {default!r}")
     else:
         parser.add_argument("--purge", action="store_true", help="remove the folder with its logs too")
     options = vars(parser.parse_args())
