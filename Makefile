@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap demo demo-seeds test test-fast lint unit bench runtimes locks tables clean
+.PHONY: help bootstrap demo demo-seeds test test-fast test-slurm lint unit bench runtimes locks tables clean
 MAKEFLAGS += --no-print-directory
 
 PYTHON ?= python3
@@ -48,9 +48,12 @@ demo-seeds: bootstrap ## the demo with five seeds that were not used for tuning:
 runtimes: bootstrap ## build the runtimes that the roles run in
 	@$(BIN)/hpc-gym runtimes build
 
-test: test-fast runtimes ## all tests: the fast ones, then those with the real parts and with a real Slurm
+test: test-fast runtimes ## the fast tests, then those with the real vLLM, NeMo Gym, TRL and DeepSpeed
 	@echo "Tests with the real parts"
-	@$(BIN)/pytest --quiet -m "e2e or slurm" tests
+	@$(BIN)/pytest --quiet -m e2e tests/e2e
+
+test-slurm: bootstrap runtimes ## jobs on a real multi-node Slurm in namespaces (root, Debian): a cluster's day, in many minutes
+	@$(BIN)/pytest --quiet tests/slurm
 
 test-fast: bootstrap ## lint, types, import rules and unit tests, side by side, in less than a minute
 	@$(MAKE) --jobs=2 --output-sync=target lint unit
