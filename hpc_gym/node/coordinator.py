@@ -108,18 +108,17 @@ class Coordinator:
         return bool(condition())
 
     async def _settle(self) -> Outcome | None:
-        """Waits a moment for the true first cause; longer while all that failed lost a peer, and a node has just
-        fallen silent. None when it turned out meanwhile that tasks are to stop at a checkpoint.
+        """Waits a moment for the true first cause; longer while all that failed has lost a peer. None when it turned
+        out meanwhile that tasks are to stop at a checkpoint.
         """
-        verdict, beat = self._verdict, self._plan.supervision.heartbeat_s
+        verdict, failed_at = self._verdict, time.monotonic()
         if not verdict.finished():
             await self._until(lambda: bool(verdict.cancelled), _SETTLE_S)
 
-        latest = time.monotonic() + _SETTLE_COLLATERAL_S
-
         def may_still_come() -> bool:
-            silent = any(time.monotonic() - peer.last_heard > 2 * beat + 0.5 for peer in self._peers.values())
-            return silent or time.monotonic() < latest
+            # A node that has crashed took its connections with it at once, and is silent from then on.
+            unheard = any(peer.last_heard < failed_at + _SETTLE_S for peer in self._peers.values() if not peer.released)
+            return unheard or time.monotonic() < failed_at + _SETTLE_COLLATERAL_S
 
         while verdict.only_collateral() and not verdict.lost and not verdict.cancelled and may_still_come():
             await self._until(lambda: not verdict.only_collateral() or bool(verdict.lost), 0.25)

@@ -191,3 +191,19 @@ waits_for_ever()
     assert "waits_for_ever" in evidence["train-0-rank-0.log"]
     assert "the last lines of" in evidence["rollout-0-server.log"]
     assert run.left() == {}
+
+
+def test_a_rank_that_fails_because_its_peer_s_node_crashed_does_not_fail_the_job(submit: Submit) -> None:
+    loses_its_peer = """
+import os, sys, time
+if os.environ['HPC_GYM_ATTEMPT'] != '1': sys.exit(0)
+while not os.path.exists(os.environ['HPC_GYM_RUN_DIR'] + '/peer-is-gone'): time.sleep(0.05)
+raise RuntimeError('Connection closed by peer [10.77.0.13]:9943')
+"""
+    run = submit([service("server", FOREVER)], [task("rank-0", loses_its_peer)], [task("rank-1", TRAINER)])
+    run.all_started()
+    host, crashed = run.host("train-1"), time.time()
+    run.cluster.crash(host)
+    (run.run_dir / "peer-is-gone").touch()
+    assert host not in resumed(run, "a node crashes and a rank fails of it", crashed)
+    assert "no heartbeat" in run.events("outcome", attempt=1)[0]["sentence"]
