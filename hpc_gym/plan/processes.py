@@ -211,6 +211,8 @@ def _gym(experiment: Experiment, names: Names, text: str, config_paths: Sequence
         ready_within_s=experiment.supervision.gym_ready_s,
         alive_within_s=experiment.supervision.alive_s,
         restarts=experiment.supervision.restarts,
+        # Its servers have nothing to save, and `gym env start` (0.4.0) takes any grace whole.
+        stop_grace_s=1.0,
     )
 
 
