@@ -12,11 +12,16 @@ _LONGEST = 400
 _EXCEPTION = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit|Warning|Timeout|Refused)\b.*")
 _TRACEBACK = "Traceback (most recent call last)"
 
-# A rank whose peer has died fails in its next collective. That is never the first cause.
+# What torch (c10d's store, gloo, NCCL), DeepSpeed, aiohttp and our own client say when another process is gone. That is
+# never the first cause.
 _COLLATERAL = re.compile(
-    r"closed by peer|connection reset|broken pipe|connection refused|remote process exited|peer closed|socketpollutils"
-    r"|\bgloo\b.*(?:timed out|pair|connect)|NCCL.*(?:remote|unhandled system|timeout)"
-    r"|DistBackendError|DistNetworkError|DistStoreError|recvValue failed|server disconnected|cannot connect to host",
+    r"closed by peer|connection (?:reset|refused|closed|was likely closed)|connection lost|broken pipe|peer closed"
+    r"|remote process exited|no route to host|(?:network|host) is unreachable|server disconnected"
+    r"|cannot connect to host|socketpollutils|recvValue failed|failed to recv, got 0 bytes"
+    r"|client socket has (?:timed out|failed)|socket timeout|store->get|monitoredBarrier|pair closure"
+    r"|timed out waiting \d+ ?ms for|\bgloo\b.*(?:timed out|timeout|pair|connect)"
+    r"|NCCL.*(?:remote|unhandled system|timeout|aborted)|collective operation timeout"
+    r"|DistBackendError|DistNetworkError|DistStoreError|rollout server \S+ is gone: not reached",
     re.IGNORECASE,
 )
 

@@ -5,7 +5,8 @@ with a `type`:
 
 * to the coordinator: `heartbeat`, `endpoints`, `event`, `ended` (a task ended well), `complained`, `failed`,
   `saving`, `signal`, `unfit`, `released`;
-* from it: `heartbeat`, `endpoints` (of all nodes), `checkpoint` (tasks save and stop), `stop`, `end` (the outcome).
+* from it: `heartbeat`, `ask` (for a heartbeat at once), `endpoints` (of all nodes), `checkpoint` (tasks save and
+  stop), `stop`, `end` (the outcome).
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ _LOOK_AT_STEPS_S = 1.0
 _EVIDENCE_WITHIN_S = 40.0
 _SETTLE_S = 0.5
 """After the first failure: a rank that lost its peer is often faster to report than the one that died."""
-_SETTLE_COLLATERAL_S = 2.0
-"""The same, while all that is reported is that a peer is gone: the one that failed may still be in its teardown."""
+_SETTLE_COLLATERAL_S = 1.5
+"""As much longer, while all say that a peer is gone: the one that failed may still be in its teardown."""
 
 
 @dataclass
@@ -108,20 +109,28 @@ class Coordinator:
         return bool(condition())
 
     async def _settle(self) -> Outcome | None:
-        """Waits a moment for the true first cause; longer while all that failed has lost a peer. None when it turned
-        out meanwhile that tasks are to stop at a checkpoint.
+        """Waits a moment for the true first cause and, where something failed, until every node was heard since or is
+        lost. A node that crashes takes its connections with it at once: the others fail of it, with whatever error they
+        have for that, long before it counts as silent. None when it turned out meanwhile that tasks are to stop at a
+        checkpoint.
         """
-        verdict, failed_at = self._verdict, time.monotonic()
+        verdict = self._verdict
         if not verdict.finished():
             await self._until(lambda: bool(verdict.cancelled), _SETTLE_S)
+        asked_at = time.monotonic()
+        self._broadcast({"type": "ask"})
 
-        def may_still_come() -> bool:
-            # A node that has crashed took its connections with it at once, and is silent from then on.
-            unheard = any(peer.last_heard < failed_at + _SETTLE_S for peer in self._peers.values() if not peer.released)
-            return unheard or time.monotonic() < failed_at + _SETTLE_COLLATERAL_S
+        def more_may_come() -> bool:
+            if verdict.cancelled or verdict.finished() or not (verdict.failures or verdict.lost):
+                return False
+            lost = {failure.node for failure, _ in verdict.lost}
+            waiting = [each for each in self._peers.values() if not each.released and each.last_heard < asked_at]
+            unheard = any(self._plan.nodes[peer.rank].name not in lost for peer in waiting)
+            alone = verdict.only_collateral() and not lost
+            return unheard or (alone and time.monotonic() < asked_at + _SETTLE_COLLATERAL_S)
 
-        while verdict.only_collateral() and not verdict.lost and not verdict.cancelled and may_still_come():
-            await self._until(lambda: not verdict.only_collateral() or bool(verdict.lost), 0.25)
+        while more_may_come():
+            await self._until(lambda: not more_may_come(), 0.25)
         return verdict.outcome()
 
     async def _let_checkpoint_finish(self, outcome: Outcome) -> None:
@@ -185,7 +194,11 @@ class Coordinator:
         """A guardian reports only that its supervisor has died; the batch script, only the signals it got."""
         while (message := await channel.receive()) is not None:
             if message.get("type") == "failed":
-                self._fail(Failure(**message["failure"]))
+                failure = Failure(**message["failure"])
+                self._fail(failure)
+                # It has killed what was left of its node: nothing more comes from there.
+                for peer in self._peers.values():
+                    peer.released = peer.released or self._plan.nodes[peer.rank].name == failure.node
             elif message.get("type") == "signal":
                 self._signalled(str(message["signal"]))
         self._changed.set()

@@ -27,7 +27,7 @@ class Link:
         supervision: Supervision,
         take: Callable[[Message], None],
     ) -> None:
-        """`take` is called with every message of the coordinator but heartbeats."""
+        """`take` is called with every message of the coordinator but heartbeats and what asks for one."""
         self._address = (host, port)
         self._token = token
         self._hello = hello
@@ -80,7 +80,9 @@ class Link:
         try:
             while (message := await channel.receive()) is not None:
                 self._last_heard = time.monotonic()
-                if message.get("type") != "heartbeat":
+                if message.get("type") == "ask":
+                    channel.send({"type": "heartbeat"})
+                elif message.get("type") != "heartbeat":
                     self._take(message)
         finally:
             self._channel = None

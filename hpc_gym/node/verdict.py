@@ -42,9 +42,9 @@ class Verdict:
     def outcome(self) -> Outcome | None:
         """How the attempt ends, None while it goes on.
 
-        A signal to the job explains whatever dies with it. A lost node explains failures that only say that a peer is
-        gone. Once tasks were told to stop at a checkpoint, the job is to be requeued whatever dies: there may be no
-        time left.
+        A signal to the job explains whatever dies with it. A lost node explains what failed: the coordinator asks for
+        the end only when it has heard every node since the failure, or knows that one is lost. Once tasks were told to
+        stop at a checkpoint, the job is to be requeued whatever dies: there may be no time left.
         """
         stopped = STOPPED_AT_CHECKPOINT in self.ended.values()
         if self.finished():
@@ -60,12 +60,10 @@ class Verdict:
             return Outcome("requeue", self.checkpoint, self._bad_hosts()) if over else None
         if self.stalled is not None:
             return Outcome("requeue" if self.stalled_requeues else "failed", "the job stalled", failure=self.stalled)
-        if self.failures and (causes := self._causes()):
-            return Outcome("failed", failure=causes[0])
         if self.lost:
             return Outcome("requeue", "a node was lost", self._bad_hosts(), self.lost[0][0])
         if self.failures:
-            return Outcome("failed", failure=self.failures[0])
+            return Outcome("failed", failure=(self._causes() or self.failures)[0])
         return None
 
     def _cannot_save(self) -> bool:
@@ -81,7 +79,14 @@ class Verdict:
         """What failed by itself. A task that complained first, but takes long to end, comes after those that have
         ended.
         """
-        return [failure for failure in (*self.failures, *self.complaints) if not is_collateral(failure.cause)]
+        return [failure for failure in (*self.failures, *self.complaints) if not _follows(failure)]
 
     def _bad_hosts(self) -> tuple[str, ...]:
         return tuple(host for _, host in self.lost)
+
+
+def _follows(failure: Failure) -> bool:
+    """Whether it failed because another is gone. Who was killed did not, whatever its last words were; C++ libraries
+    abort.
+    """
+    return failure.signal in (None, "SIGABRT") and is_collateral(failure.cause)

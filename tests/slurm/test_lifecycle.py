@@ -198,7 +198,7 @@ def test_a_rank_that_fails_because_its_peer_s_node_crashed_does_not_fail_the_job
 import os, sys, time
 if os.environ['HPC_GYM_ATTEMPT'] != '1': sys.exit(0)
 while not os.path.exists(os.environ['HPC_GYM_RUN_DIR'] + '/peer-is-gone'): time.sleep(0.05)
-raise RuntimeError('Connection closed by peer [10.77.0.13]:9943')
+raise RuntimeError('whatever a library says of it')
 """
     run = submit([service("server", FOREVER)], [task("rank-0", loses_its_peer)], [task("rank-1", TRAINER)])
     run.all_started()

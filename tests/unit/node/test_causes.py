@@ -56,12 +56,35 @@ def test_only_the_end_of_a_long_log_is_read(tmp_path: Path) -> None:
         "torch.distributed.DistBackendError: NCCL error in: ..., remote process exited or there was a network error",
         "ConnectionResetError: [Errno 104] Connection reset by peer",
         "aiohttp.client_exceptions.ServerDisconnectedError: Server disconnected",
+        "RuntimeError: [../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for"
+        " recv operation to complete",
+        "RuntimeError: Application timeout caused pair closure",
+        "torch.distributed.DistStoreError: wait timeout after 300000ms, keys: /default_pg/0//cuda//timeout_dump",
+        "RuntimeError: The client socket has timed out after 600000ms while trying to connect to (node3, 4711).",
+        "RuntimeError: [1] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d key-value"
+        " store by key '0', but store->get('0') got error: Connection was likely closed.",
+        "RuntimeError: Rank 0 successfully reached monitoredBarrier, but received errors while waiting for send/recv"
+        " from rank 1",
+        "hpc_gym.protocol.client.RolloutServerError: rollout server 10.77.0.11:40213 is gone: not reached for 121 s"
+        " (ClientConnectorError()); 3 of 8 rollouts are missing",
+        "hpc_gym.weights.sender.WeightTransferError: weights 3 did not reach every vLLM replica: rollout server"
+        " 10.77.0.11:40213: /weights/update failed: Cannot connect to host 10.77.0.11:40213 (tried 3 times)",
     ],
 )
 def test_the_loss_of_a_peer_is_known_as_such(cause: str) -> None:
     assert is_collateral(cause)
 
 
-@pytest.mark.parametrize("cause", ["", "KeyError: 'reward'", "torch.OutOfMemoryError: CUDA out of memory"])
+@pytest.mark.parametrize(
+    "cause",
+    [
+        "",
+        "KeyError: 'reward'",
+        "torch.OutOfMemoryError: CUDA out of memory",
+        "OSError: [Errno 28] No space left on device",
+        "hpc_gym.weights.sender.WeightTransferError: weights 3 did not reach every vLLM replica: weight 'a' comes where"
+        " 'b' was announced",
+    ],
+)
 def test_a_cause_of_its_own_is_none(cause: str) -> None:
     assert not is_collateral(cause)

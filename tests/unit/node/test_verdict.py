@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
+
 from hpc_gym.node.verdict import Verdict
 from hpc_gym.protocol.attempt import Failure, Outcome
 
@@ -61,8 +65,20 @@ def test_a_task_that_said_why_it_fails_is_the_cause_though_its_peers_are_faster_
     assert outcome.failure.process == "rank-0"
 
 
-def test_a_lost_node_explains_failures_of_its_peers_and_is_excluded() -> None:
-    verdict = Verdict(TASKS, failures=[failure("rank-1", "Connection reset by peer")])
+def test_who_was_killed_did_not_die_of_another_whatever_its_last_words_were() -> None:
+    verdict = Verdict(TASKS, failures=[failure("rank-1", "RuntimeError: Connection closed by peer")])
+    verdict.failures.append(failure("rank-0", "from outside; last words: Connection reset by peer", signal="SIGKILL"))
+    outcome = verdict.outcome()
+    assert outcome is not None
+    assert outcome.failure is not None
+    assert outcome.failure.process == "rank-0"
+    aborted = failure("rank-1", "terminate called after an instance of 'gloo::IoException': Connection closed by peer")
+    assert Verdict(TASKS, failures=[replace(aborted, signal="SIGABRT", exit_code=None)]).only_collateral()
+
+
+@pytest.mark.parametrize("cause", ["Connection reset by peer", "an error that nobody has seen before"])
+def test_a_lost_node_explains_failures_of_its_peers_and_is_excluded(cause: str) -> None:
+    verdict = Verdict(TASKS, failures=[failure("rank-1", cause)])
     verdict.lost.append((failure("supervisor", "no heartbeat"), "node3"))
     outcome = verdict.outcome()
     assert outcome is not None
