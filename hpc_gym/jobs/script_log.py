@@ -24,5 +24,6 @@ def without_outcome(record: JobRecord, state: str) -> str:
             lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
     except OSError:
         lines = []
-    words = " / ".join([line for line in lines if line][-_LAST_LINES:])
+    # Slurm says the same thing for every step that it starts.
+    words = " / ".join(list(dict.fromkeys(line for line in lines if line))[-_LAST_LINES:])
     return f"{state}: the job script ended without an outcome{f'; it said: {words}' if words else ''} (log: {path})"
