@@ -107,7 +107,7 @@ class Findings:
                 Problem(
                     ("judge",),
                     f"no environment asks it: point one at the model server '{JUDGE}' in its config (the shipped "
-                    "environments/math_with_judge.yaml shows how), or take this section away.",
+                    "environments/math_with_judge_judged.yaml shows how), or take this section away.",
                 )
             )
 
