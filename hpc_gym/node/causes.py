@@ -26,9 +26,11 @@ _COLLATERAL = re.compile(
 )
 
 
-def cause_from_log(path: Path) -> str:
-    """The exception that the last traceback in the log ends with; else its last line; "" when there is none."""
-    lines = last_lines(path)
+def cause_from_log(path: Path, unwritten: bytes = b"") -> str:
+    """The exception that the last traceback in the log ends with; else its last line; "" when there is none.
+    `unwritten`: what came after the log's end and found no room in it.
+    """
+    lines = last_lines(path) + _texts(unwritten.splitlines())
     starts = [number for number, line in enumerate(lines) if _TRACEBACK in line]
     if starts:
         # Prefixes such as "[rank1]: " or "(EngineCore pid=7) " stand before every line of a traceback.
@@ -54,6 +56,10 @@ def last_lines(path: Path) -> list[str]:
         return []
     if size > _TAIL:
         raw = raw[1:]
+    return _texts(raw)
+
+
+def _texts(raw: list[bytes]) -> list[str]:
     texts = (parse_line(line)[1].decode(errors="replace").rstrip() for line in raw)
     return [text for text in texts if text]
 

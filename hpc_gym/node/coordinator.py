@@ -30,6 +30,9 @@ from hpc_gym.protocol.attempt import STOPPED_AT_CHECKPOINT, Failure, Outcome
 JOIN_WITHIN_S = 120.0
 """From the coordinator's start until every node's supervisor has reported."""
 _LOOK_AT_STEPS_S = 1.0
+_ASK_SLURM_FOR_S = 1.0
+_WRITE_WITHIN_S = 5.0
+"""How long the outcome is kept from the nodes while a file system hangs."""
 _EVIDENCE_WITHIN_S = 40.0
 _SETTLE_S = 0.5
 """After the first failure: a rank that lost its peer is often faster to report than the one that died."""
@@ -87,7 +90,7 @@ class Coordinator:
                 outcome = await self._settle()
             await self._let_checkpoint_finish(outcome)
             await self._stop(outcome)
-            self._conclude(outcome)
+            await self._conclude(outcome)
             await asyncio.gather(*(peer.channel.close() for peer in self._peers.values()))
         finally:
             watch.cancel()
@@ -156,13 +159,15 @@ class Coordinator:
                 return False
         return True
 
-    def _conclude(self, outcome: Outcome) -> None:
+    async def _conclude(self, outcome: Outcome) -> None:
         seconds = round(time.monotonic() - self._first_cause, 3)
         self._record("outcome", kind=outcome.kind, sentence=outcome.sentence(), seconds=seconds)
-        try:
-            outcome.write(self._plan.run_dir, self._directory)
-        except OSError as error:
-            print(f"the outcome could not be written to {self._directory}: {error.strerror}", flush=True)
+        writing = asyncio.create_task(asyncio.to_thread(outcome.write, self._plan.run_dir, self._directory))
+        await asyncio.wait({writing}, timeout=_WRITE_WITHIN_S)
+        if not writing.done():
+            print(f"{self._directory}: the file system hangs; the outcome is still being written", flush=True)
+        elif (error := writing.exception()) is not None:
+            print(f"the outcome could not be written to {self._directory}: {error}", flush=True)
         self._broadcast({"type": "end", "outcome": outcome.to_json()})
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -251,7 +256,7 @@ class Coordinator:
 
     async def _terminated_by_slurm(self) -> None:
         """SIGTERM is also all that a job hears when Slurm takes its nodes for another: then there is a grace time."""
-        standing = await asyncio.to_thread(scontrol.standing, os.environ.get("HPC_GYM_JOB_ID", ""))
+        standing = await asyncio.to_thread(scontrol.standing, os.environ.get("HPC_GYM_JOB_ID", ""), _ASK_SLURM_FOR_S)
         if standing.preempted and standing.state == "RUNNING":
             self._checkpoint(scontrol.PREEMPTED)
         elif not self._verdict.cancelled:

@@ -6,17 +6,25 @@ import json
 import queue
 import sys
 import threading
+from collections import deque
 from pathlib import Path
 
 from hpc_gym.protocol.events import Event
+from hpc_gym.protocol.files import append_whole
+
+_KEPT = 10_000
+"""Events that wait for a file system that is full."""
 
 
 class Journal:
-    """The one writer of `events.jsonl`."""
+    """The one writer of `events.jsonl`. Only whole lines get into the file; what finds no room is tried again with the
+    next event, and at the end.
+    """
 
     def __init__(self, path: Path) -> None:
         self._queue: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._path = path
+        self._unwritten: deque[bytes] = deque(maxlen=_KEPT)
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
@@ -30,11 +38,20 @@ class Journal:
 
     def _run(self) -> None:
         complained = False
-        while (event := self._queue.get()) is not None:
+        event: Event | None = {}
+        while event is not None:
+            event = self._queue.get()
+            if event is not None:
+                self._unwritten.append(json.dumps(event).encode() + b"\n")
             try:
-                with self._path.open("a") as file:
-                    file.write(json.dumps(event) + "\n")
+                self._append()
             except OSError as error:
                 if not complained:
-                    print(f"events are lost: {self._path}: {error.strerror}", file=sys.stderr, flush=True)
+                    print(f"events wait: {self._path}: {error.strerror}", file=sys.stderr, flush=True)
                 complained = True
+
+    def _append(self) -> None:
+        lines = b"".join(self._unwritten)
+        if lines:
+            append_whole(self._path, lines)
+            self._unwritten.clear()

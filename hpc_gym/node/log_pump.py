@@ -21,6 +21,7 @@ from hpc_gym.protocol.log_lines import stamp
 _READ = 1 << 18
 _PIPE = 1 << 20
 _GATHER_S = 0.004
+_KEPT = 1 << 16
 _F_SETPIPE_SZ = 1031
 
 
@@ -34,11 +35,16 @@ class Stream:
     ended: threading.Event = field(default_factory=threading.Event)
     lost: int = 0
     """Bytes that could not be written (file system full)."""
+    trouble: str = ""
+    """Why not."""
+    unwritten: bytes = b""
+    """The last of them: they may tell why the process died."""
 
 
 class LogPump:
     """Invariant: a pipe is read until everybody has closed it, whether or not its file can be written, so no process
-    ever blocks on its output because of us.
+    blocks on its output because a file system is full. One that hangs holds up who writes more than a pipe takes
+    (1 MiB).
     """
 
     def __init__(self) -> None:
@@ -109,8 +115,10 @@ class LogPump:
         while view:
             try:
                 view = view[os.write(stream.target, view) :]
-            except OSError:
+            except OSError as error:
                 stream.lost += len(view)
+                stream.trouble = error.strerror or str(error)
+                stream.unwritten = (stream.unwritten + view)[-_KEPT:]
                 return
 
     def _end(self, stream: Stream) -> None:

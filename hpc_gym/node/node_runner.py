@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 from hpc_gym.node import tree
@@ -43,6 +44,7 @@ class NodeRunner:
         self._shared_memory = SharedMemory(context.private_dir / SHARED_MEMORY_RECORD)
         self._endpoints = Endpoints(context)
         self._waiting: dict[int, asyncio.Future[tuple[int, float]]] = {}
+        self._starting = 0
         self._stopping = asyncio.Event()
         self._evidence: asyncio.Task[None] | None = None
         self._ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
@@ -157,9 +159,9 @@ class NodeRunner:
         while not self._stopping.is_set():
             try:
                 await self._endpoints.known(wanted_endpoints(spec, self._endpoints.names))
-                end = await process.live(
-                    command(self._context, spec, self._endpoints.values), self._endpoints.values, restarts
-                )
+                values = self._endpoints.values
+                run = await asyncio.to_thread(command, self._context, spec, values)
+                end = await process.live(run, values, restarts)
             except (OSError, KeyError) as error:
                 end = End(None, None, f"it could not be started: {_sentence(error)}", 0.0)
             if self._stopping.is_set():
@@ -222,12 +224,24 @@ class NodeRunner:
         head |= {"role": spec.role, "process": spec.name, "event": event}
         self._link.send({"type": "event", "event": head | fields})
 
+    @contextlib.contextmanager
+    def starting(self) -> Iterator[None]:
+        """See `hpc_gym.node.process.Children`."""
+        self._starting += 1
+        try:
+            yield
+        finally:
+            self._starting -= 1
+            self._reap()
+
     def expect(self, pid: int) -> asyncio.Future[tuple[int, float]]:
         """See `hpc_gym.node.process.Children`."""
         self._waiting[pid] = asyncio.get_running_loop().create_future()
         return self._waiting[pid]
 
     def _reap(self) -> None:
+        if self._starting:
+            return
         with contextlib.suppress(ChildProcessError):
             while True:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,8 @@ from hpc_gym.node.readiness import Answer, ask_gym, ask_http, watchdog_overdue
 from hpc_gym.plan.plan import Process
 
 _PROBE_EVERY_S = 0.25
+_START_WITHIN_S = 3.0
+"""How long the end of the job waits for a start that hangs."""
 _EXIT_AFTER_FAILURE_S = 5.0
 """How long a process that said X_FAILURE may take to exit: teardown of NCCL or a profiler can hang for ever."""
 
@@ -49,6 +52,9 @@ class Command:
 
 class Children(Protocol):
     """Who waits for the children of this process (it also gets orphans, so nobody else may wait)."""
+
+    def starting(self) -> AbstractContextManager[None]:
+        """In here no child is waited for: one that ends at once must not be forgotten before `expect`."""
 
     def expect(self, pid: int) -> asyncio.Future[tuple[int, float]]:
         """Resolves with (wait status, CPU seconds of it and its waited-for children) when the child `pid` has ended."""
@@ -90,7 +96,7 @@ class ManagedProcess:
         """Runs one life; returns when its main process is dead (killed, if it hung), whatever else it left."""
         await self.said.open()
         self._clear_socket(values)
-        ended = self._spawn(command)
+        ended = await self._spawn(command)
         assert self.leader is not None
         self._report("started", pid=self.leader.pid, restarts=restarts)
         watch = asyncio.create_task(self._watch(values), name=f"watch-{self.spec.name}")
@@ -112,8 +118,27 @@ class ManagedProcess:
         if self.spec.ready is not None and self.spec.ready.kind == "http":
             self._socket_path(values).unlink(missing_ok=True)
 
-    def _spawn(self, command: Command) -> asyncio.Future[tuple[int, float]]:
+    async def _spawn(self, command: Command) -> asyncio.Future[tuple[int, float]]:
+        with self._children.starting():
+            # The log and the program may lie on a file system that hangs: that must not hold up a heartbeat.
+            starting = asyncio.create_task(asyncio.to_thread(self._start, command))
+            try:
+                child = await asyncio.shield(starting)
+            except asyncio.CancelledError:
+                # Once it has been started it is found by its marker, and killed.
+                await asyncio.wait({starting}, timeout=_START_WITHIN_S)
+                raise
+            return self._expect(child)
+
+    def _expect(self, child: subprocess.Popen[bytes]) -> asyncio.Future[tuple[int, float]]:
+        leader = tree.process(child.pid)
+        assert leader is not None, "a child that nobody has waited for stays in /proc"
+        self.leader, self.members = leader, {child.pid: leader}
+        return self._children.expect(child.pid)
+
+    def _start(self, command: Command) -> subprocess.Popen[bytes]:
         sink, self._stream = self._pump.attach(self.log)
+        self._started = time.monotonic()
         try:
             # A group and session of its own: a signal to it reaches all that did not leave it, and none else.
             child = subprocess.Popen(
@@ -129,11 +154,7 @@ class ManagedProcess:
         finally:
             os.close(sink)
         child.returncode = 0  # Waited for elsewhere: keeps Popen from complaining that it was not.
-        self._started = time.monotonic()
-        leader = tree.process(child.pid)
-        assert leader is not None, "a child that nobody has waited for stays in /proc"
-        self.leader, self.members = leader, {child.pid: leader}
-        return self._children.expect(child.pid)
+        return child
 
     async def _watch(self, values: Values) -> str:
         """Watches until the process must be considered hung; returns why."""
@@ -258,11 +279,14 @@ class ManagedProcess:
         name = signal.Signals(-code).name if code < 0 else None
         cause = hung or self.said.said.failure
         if not cause and code:
-            cause = self._cause(name)
+            cause = await asyncio.to_thread(self._cause, name)
         return End(None if code < 0 else code, None if hung else name, cause, seconds, round(cpu_seconds, 3))
 
     def _cause(self, killed_by: str | None) -> str:
-        text = cause_from_log(self.log)
+        stream = self._stream
+        text = cause_from_log(self.log, stream.unwritten if stream is not None else b"")
+        if stream is not None and stream.lost:
+            text += f" ({stream.lost} bytes of its output found no place in the log: {stream.trouble})"
         if killed_by == "SIGKILL":
             return "from outside, or by the kernel for lack of memory" + (f"; last words: {text}" if text else "")
         return text

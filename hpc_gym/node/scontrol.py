@@ -11,6 +11,15 @@ from dataclasses import dataclass
 PREEMPTED = "the job was preempted"
 
 _STARTED_TOGETHER_S = 5.0
+_CONTROLLER_MAY_BE_AWAY_S = 600.0
+"""A controller that is restarted or replaced by its backup comes back; the running job waits for it as its nodes do."""
+_ASK_AGAIN_S = 2.0
+_NO_ANSWER = re.compile(
+    r"unable to contact|socket timed out|connect failure|communication|zero bytes|temporarily|gave no answer"
+    r"|transport endpoint|standby mode",
+    re.IGNORECASE,
+)
+"""What Slurm's commands say when it is not the controller that answers."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +32,11 @@ class Standing:
     """Slurm has begun to take the nodes away for another job."""
 
 
-def standing(job_id: str) -> Standing:
-    """How Slurm sees the job now; of a heterogeneous job, its leader."""
-    text = _run(["scontrol", "--oneliner", "show", "job", job_id]).stdout.partition("\n")[0]
+def standing(job_id: str, within_s: float = _CONTROLLER_MAY_BE_AWAY_S) -> Standing:
+    """How Slurm sees the job now; of a heterogeneous job, its leader. `within_s`: how long a controller that gives no
+    answer is asked again.
+    """
+    text = _run(["scontrol", "--oneliner", "show", "job", job_id], within_s).stdout.partition("\n")[0]
     fields = dict(field.partition("=")[::2] for field in text.split() if "=" in field)
     preempted = fields.get("PreemptTime", "None") not in ("None", "Unknown", "N/A")
     return Standing(fields.get("JobState", ""), preempted)
@@ -50,7 +61,7 @@ def requeue(job_id: str, exclude: Sequence[str]) -> str:
     Slurm takes the list for a job that waits only, so it is set after the requeue. There is time: the job starts again
     after `cred_expire` seconds at the earliest, and this process, when it ignores SIGTERM, lives for KillWait seconds.
     """
-    asked = _run(["scontrol", "requeue", job_id])
+    asked = _run(["scontrol", "requeue", job_id], aloud=True)
     if asked.returncode != 0:
         return asked.stderr.strip() or f"scontrol requeue exited with {asked.returncode}"
     deadline = time.monotonic() + 5
@@ -77,8 +88,23 @@ def excluded(job_id: str) -> list[str]:
     return [name for name in found[:1] if name != "(null)"]
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+def _run(
+    command: list[str], within_s: float = _CONTROLLER_MAY_BE_AWAY_S, aloud: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Runs one of Slurm's commands, again and again for `within_s` while it is not the controller that answers."""
+    deadline = time.monotonic() + within_s
+    while (done := _once(command)).returncode != 0 and _NO_ANSWER.search(done.stderr) and time.monotonic() < deadline:
+        if aloud:
+            print(f"waiting for Slurm's controller: {' '.join(command)}: {done.stderr.strip()}", flush=True)
+            aloud = False
+        time.sleep(_ASK_AGAIN_S)
+    return done
+
+
+def _once(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 127, "", f"{command[0]} gave no answer within 30 s")
+    except OSError as error:
         return subprocess.CompletedProcess(command, 127, "", str(error))

@@ -25,6 +25,7 @@ from hpc_gym.node.channel import Refused, connect
 from hpc_gym.node.context import NodeContext
 from hpc_gym.plan.plan import Plan
 from hpc_gym.protocol.attempt import Failure, Outcome
+from hpc_gym.protocol.files import json_rows
 
 _SRUN_MAY_TAKE_S = 3.0
 """From the outcome to the end of srun, when all nodes live."""
@@ -173,11 +174,10 @@ class SlurmNodes:
 
     def _attempts_with_a_step(self) -> set[int]:
         try:
-            rows = (Path(self._plan.run_dir) / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+            rows = json_rows((Path(self._plan.run_dir) / "metrics.jsonl").read_bytes())
         except FileNotFoundError:
             return set()
-        # The last row may be half written.
-        return {int(json.loads(row)["attempt"]) for row in rows if row.endswith(b"\n")}
+        return {int(row["attempt"]) for row in rows if "attempt" in row}
 
     def _excluded(self) -> list[str]:
         """Hosts that the next attempt is to do without: the bad ones of all attempts, and the profile's own."""

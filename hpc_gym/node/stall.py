@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from hpc_gym.node.causes import last_lines
 from hpc_gym.node.process import ManagedProcess
 from hpc_gym.node.readiness import get_text
 from hpc_gym.plan.plan import Supervision
+from hpc_gym.protocol.files import json_rows
 
 _STEPS = 50
 """The median is that of so many steps."""
@@ -61,7 +61,7 @@ class StepWatch:
             return
         whole = rows[: rows.rfind(b"\n") + 1]
         self._read += len(whole)
-        for row in map(json.loads, whole.splitlines()):
+        for row in json_rows(whole):
             if row.get("attempt") == self._attempt:
                 self._times.append(float(row["time"]))
                 self._last_seen = time.monotonic()
@@ -89,7 +89,8 @@ async def _evidence(process: ManagedProcess, private_dir: Path, folder: Path) ->
     if ready is not None and ready.kind == "http":
         # The socket of a vLLM, which serves Prometheus metrics beside its probe.
         parts.append("/metrics\n" + await get_text(private_dir / Path(ready.target).name, "/metrics"))
-    parts.append(f"the last lines of {process.log}\n" + "\n".join(last_lines(process.log)[-_LINES:]))
+    lines = await asyncio.to_thread(last_lines, process.log)
+    parts.append(f"the last lines of {process.log}\n" + "\n".join(lines[-_LINES:]))
     await asyncio.to_thread((folder / process.log.name).write_text, "\n\n".join(parts) + "\n")
 
 

@@ -7,14 +7,22 @@ the run directory. The last line of the job's log and `hpc-gym status` are `Outc
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from hpc_gym.protocol.files import write_whole
+
 STOPPED_AT_CHECKPOINT = 85
 """Exit code of a task that was asked to save and stop (SIGUSR2) and did; and of a job that is to be requeued."""
+
+RESERVE = ".reserve"
+"""File in an attempt's directory that holds room for the attempt's last words."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors that say that a file system has no room."""
 
 Kind = Literal["completed", "failed", "requeue", "cancelled"]
 
@@ -88,17 +96,22 @@ class Outcome:
             return None
 
     def write(self, run_dir: str | Path, attempt_dir: str | Path) -> None:
-        """Writes `outcome.json` and `failure.json`, each whole or not at all."""
+        """Writes `outcome.json` and `failure.json`, each whole or not at all.
+
+        Where the file system is full, they take the room that was reserved for them.
+        """
+        try:
+            self._write(run_dir, attempt_dir)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            (Path(attempt_dir) / RESERVE).unlink(missing_ok=True)
+            self._write(run_dir, attempt_dir)
+
+    def _write(self, run_dir: str | Path, attempt_dir: str | Path) -> None:
         if self.failure is not None:
             text = json.dumps(dataclasses.asdict(self.failure), indent=1) + "\n"
             write_whole(Path(attempt_dir) / "failure.json", text)
             if self.kind == "failed":
                 write_whole(Path(run_dir) / "failure.json", text)
         write_whole(Path(attempt_dir) / "outcome.json", self.to_json())
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replaces the file at `path` in one step, so that no reader ever sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)

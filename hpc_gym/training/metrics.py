@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_gym.plan.plan import Plan
+from hpc_gym.protocol.files import append_whole, json_rows
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
@@ -26,34 +27,17 @@ WANDB_CLOSE_FAILED_S = 3.0
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Appends one JSON line. Numbers that are not finite have no JSON and are left out.
 
-    Begins on a fresh line when the file's last one was cut off by the end of an earlier attempt.
+    Begins on a fresh line when the file's last one was cut off by the end of an earlier attempt. Raises OSError, with
+    nothing written, where there is no room.
     """
     kept = {key: value for key, value in record.items() if not (isinstance(value, float) and not math.isfinite(value))}
     line = json.dumps(kept, allow_nan=False).encode() + b"\n"
-    with path.open("a+b", buffering=0) as file:
-        end = file.seek(0, 2)
-        if end:
-            file.seek(end - 1)
-            if file.read(1) != b"\n":
-                line = b"\n" + line
-        file.write(line)
+    append_whole(path, line)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """All whole JSON objects of the file, in order; a line that was cut off is passed over."""
-    found = []
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            found.append(record)
-    return found
+    return json_rows(path.read_bytes()) if path.exists() else []
 
 
 class Recorder:
