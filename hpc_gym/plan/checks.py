@@ -12,7 +12,8 @@ from hpc_gym.config.problems import Problem, nearest
 from hpc_gym.config.schema import Experiment
 from hpc_gym.errors import UserError
 from hpc_gym.plan.judge import judge_problems
-from hpc_gym.plan.processes import gpus_of_judge, gpus_per_replica
+from hpc_gym.plan.processes import gpus_of_judge
+from hpc_gym.plan.spread import gpus_per_replica, nodes_of, spread_problems
 from hpc_gym.runtimes.spec import cache_folder
 
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -25,6 +26,7 @@ def role_problems(experiment: Experiment) -> list[Problem]:
     return [
         *_reserved(experiment),
         *judge_problems(experiment),
+        *spread_problems(experiment),
         *_gpus(experiment),
         *_lengths(experiment),
         *_sampling(experiment),
@@ -36,6 +38,8 @@ def role_problems(experiment: Experiment) -> list[Problem]:
 
 def replicas_of(experiment: Experiment) -> int:
     """vLLM servers per rollout node."""
+    if nodes_of(experiment.vllm) > 1:
+        return 1
     if experiment.rollouts.replicas is not None:
         return experiment.rollouts.replicas
     return max(1, (experiment.gpus_per_node - gpus_of_judge(experiment)) // gpus_per_replica(experiment))
@@ -160,11 +164,14 @@ def _gpus(experiment: Experiment) -> Iterable[Problem]:
             "rollouts.replicas, or set judge.url.",
         )
     elif device == "cuda" and size * replicas > gpus:
-        parts = f"tensor_parallel_size x pipeline_parallel_size x data_parallel_size = {size} GPUs per vLLM"
+        over = f" / nnodes {nodes}" if (nodes := nodes_of(experiment.vllm)) > 1 else ""
+        parts = f"tensor_parallel_size x pipeline_parallel_size x data_parallel_size{over} = {size} GPUs per vLLM"
         key = ("vllm", "tensor_parallel_size") if size > gpus else ("rollouts", "replicas")
+        hint = " vllm.nnodes spreads one vLLM over several nodes." if size > gpus else ""
         yield Problem(
             key,
-            f"{parts}, times {replicas} on a rollout node, is {size * replicas}; a node has {gpus} (gpus_per_node).",
+            f"{parts}, times {replicas} on a rollout node, is {size * replicas}; a node has {gpus} (gpus_per_node)."
+            f"{hint}",
         )
 
 

@@ -15,6 +15,7 @@ _VLLM = "hpc-gym connects the trainer to vLLM: the sections vllm and rollouts sa
 _MODEL = "set model.path"
 _REVISION = "the trainer would load another one: download that revision and set model.path to its folder"
 _DTYPE = "set model.dtype: vLLM and the trainer must use the same"
+_PARTS = "hpc-gym starts every part of a vLLM: nnodes and the parallel sizes say how many there are"
 _BATCH = "it follows from the section grpo"
 
 VLLM: Mapping[str, str] = {
@@ -31,11 +32,24 @@ VLLM: Mapping[str, str] = {
     "ssl_certfile": _SOCKET,
     "ssl_ca_certs": _SOCKET,
     "root_path": _SOCKET,
-    "headless": "one vLLM runs on one node: set rollouts.replicas and nodes.rollout",
-    "nnodes": "one vLLM runs on one node: set rollouts.replicas and nodes.rollout",
-    "node_rank": "one vLLM runs on one node: set rollouts.replicas and nodes.rollout",
-    "master_addr": "one vLLM runs on one node: set rollouts.replicas and nodes.rollout",
-    "master_port": "one vLLM runs on one node: set rollouts.replicas and nodes.rollout",
+    **dict.fromkeys(
+        (
+            "headless",
+            "node_rank",
+            "master_addr",
+            "master_port",
+            "data_parallel_rank",
+            "data_parallel_start_rank",
+            "data_parallel_size_local",
+            "data_parallel_address",
+            "data_parallel_rpc_port",
+            "data_parallel_supervisor_port",
+            "data_parallel_external_lb",
+            "data_parallel_hybrid_lb",
+            "data_parallel_multi_port_external_lb",
+        ),
+        _PARTS,
+    ),
     "worker_extension_cls": _WEIGHTS,
     "weight_transfer_config": _WEIGHTS,
     "enable_scale_out": "the rollout server needs vLLM's render, generate and derender endpoints",
@@ -57,8 +71,9 @@ JUDGE_VLLM: Mapping[str, str] = {
     **{
         name: _JUDGE_SOCKET if reason == _SOCKET else reason
         for name, reason in VLLM.items()
-        if reason == _SOCKET or name in ("headless", "nnodes", "node_rank", "master_addr", "master_port", "hf_token")
+        if reason in (_SOCKET, _PARTS) or name == "hf_token"
     },
+    "nnodes": "a judge's vLLM runs on one node: set judge.vllm.tensor_parallel_size, or judge.url for a larger one",
     "model": "set judge.model",
     "served_model_name": "NeMo Gym knows it by hpc-gym's name for it",
     "seed": VLLM["seed"],

@@ -90,6 +90,10 @@ class Process:
     ready_within_s: float = 0.0
     alive_within_s: float = 0.0
     restarts: int = 0
+    together: str = ""
+    """Processes with the same word here, on whichever nodes, can only live together: where one is started again, all
+    are.
+    """
     stop_grace_s: float = 5.0
     """Seconds between SIGTERM and SIGKILL to the process group."""
 

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hpc_gym.config.schema import Experiment
 from hpc_gym.plan.nemo_gym import POLICY_CONFIG
 from hpc_gym.plan.plan import ConfigFile, Probe, Process
+from hpc_gym.plan.spread import gpus_of, gpus_per_replica, master, node_flags, nodes_of
 from hpc_gym.runtimes.options import table
 
 MODEL_NAME = "policy"
@@ -19,6 +20,7 @@ MODEL_NAME = "policy"
 BASE = "base"
 """Name of the runtime that hpc-gym itself is installed in."""
 
+_LOOPBACK = "127.0.0.1"
 # What a laptop can spare; vLLM would take most of the memory that is free.
 _CPU_KV_CACHE_BYTES = 1 << 30
 # One worker needs no process of its own. vLLM 0.32 turns the short name "uni" back into "mp" on CPU (platforms/cpu.py),
@@ -45,11 +47,17 @@ def rollout_processes(
     gym_yaml: str,
     config_paths: Sequence[str],
 ) -> tuple[Process, ...]:
-    """vLLM replicas, NeMo Gym and the rollout server of rollout node `index`. All start at once."""
+    """vLLM replicas, NeMo Gym and the rollout server of rollout node `index`. All start at once.
+
+    Of a vLLM over several nodes the first one has all of this, the others a share of vLLM.
+    """
+    group, part = divmod(index, nodes_of(experiment.vllm))
+    if part:
+        return (_vllm(experiment, names, 0, model, group, part),)
     return (
-        *(_vllm(experiment, names, replica, model) for replica in range(replicas)),
+        *(_vllm(experiment, names, replica, model, group) for replica in range(replicas)),
         _gym(experiment, names, gym_yaml, config_paths),
-        _rollout_server(experiment, index),
+        _rollout_server(experiment, group),
     )
 
 
@@ -120,60 +128,54 @@ def with_defaults(experiment: Experiment, options: Mapping[str, Any]) -> dict[st
     return options
 
 
-def gpus_per_replica(experiment: Experiment) -> int:
-    """GPUs that one vLLM of the policy takes."""
-    return gpus_of(experiment.vllm)
-
-
 def gpus_of_judge(experiment: Experiment) -> int:
     """GPUs of each rollout node that the judge takes."""
     judge = experiment.judge
     return gpus_of(judge.vllm) if judge is not None and judge.model is not None else 0
 
 
-def gpus_of(options: Mapping[str, Any]) -> int:
-    """GPUs that a vLLM with these options takes."""
-    product = 1
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-        product *= int(options.get(name) or 1)
-    return product
-
-
-def _vllm(experiment: Experiment, names: Names, replica: int, model: str) -> Process:
+def _vllm(experiment: Experiment, names: Names, replica: int, model: str, group: int, part: int = 0) -> Process:
+    """One vLLM of a rollout node, or the share in it of the `part`-th node of its group."""
     socket = f"vllm-{replica}.sock"
-    size = gpus_per_replica(experiment)
+    size, several = gpus_per_replica(experiment), nodes_of(experiment.vllm) > 1
     env = {
-        **vllm_env(experiment, range(replica * size, (replica + 1) * size)),
+        **vllm_env(experiment, range(replica * size, (replica + 1) * size), "{address}" if several else _LOOPBACK),
         # The control endpoints for weight updates; nobody but us can reach the socket in the private directory.
         "VLLM_SERVER_DEV_MODE": "1",
     }
     argv = [
-        *("vllm", "serve", model, "--uds", f"{{private_dir}}/{socket}", "--served-model-name", MODEL_NAME),
+        *("vllm", "serve", model, "--served-model-name", MODEL_NAME),
+        *(("--uds", f"{{private_dir}}/{socket}") if part == 0 else ()),
         "--enable-scale-out",
         *("--worker-extension-cls", "hpc_gym.weights.worker.WorkerExtension"),
         *("--weight-transfer-config", json.dumps({"backend": "hpc_gym"})),
         *vllm_flags(vllm_options(experiment)),
+        *(node_flags(group, part) if several else ()),
     ]
-    return Process(
+    process = Process(
         name=f"vllm-{replica}",
         role="rollout",
         kind="service",
         runtime=names.inference,
         argv=tuple(argv),
         env=role_env(experiment, "rollout", env),
+        ports=(master(group),) if several and part == 0 else (),
+        together=f"vllm-{group}" if several else "",
         ready=Probe(kind="http", target=socket, path="/health"),
         ready_within_s=experiment.supervision.vllm_ready_s,
         alive_within_s=experiment.supervision.alive_s,
         restarts=experiment.supervision.restarts,
     )
+    # Without an API server there is nobody to ask; the first node is ready when all are.
+    return process if part == 0 else replace(process, name="vllm-headless", ready=None, alive_within_s=0.0)
 
 
-def vllm_env(experiment: Experiment, gpus: range) -> dict[str, str]:
-    """The environment of any vLLM, which has these GPUs of its node."""
+def vllm_env(experiment: Experiment, gpus: range, address: str = _LOOPBACK) -> dict[str, str]:
+    """The environment of any vLLM, which has these GPUs of its node and listens on `address` for its own parts."""
     env = {
         **_network_env(),
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_HOST_IP": address,
         "VLLM_RPC_BASE_PATH": "{private_dir}",
     }
     if experiment.runtimes.device == "cpu":
