@@ -48,6 +48,19 @@ class RolloutStatistics:
         return RolloutStatistics(*(ours + theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
+@dataclass(frozen=True)
+class Draws:
+    """The numbers of the draws that a step trained on, over all ranks, the last included: with the seed they say which
+    rows these were.
+    """
+
+    first: int
+    last: int
+
+    def __or__(self, other: Draws | None) -> Draws:
+        return self if other is None else Draws(min(self.first, other.first), max(self.last, other.last))
+
+
 class TrainingRows:
     """The run's data order: which row the draw with a number is."""
 
@@ -161,10 +174,17 @@ class RolloutFunction:
         self._ranks = ranks
         self.statistics = RolloutStatistics()
         """Of all batches since it was last reset: a step may ask for several."""
+        self.draws: Draws | None = None
+        """The same."""
+
+    def reset(self) -> None:
+        """A new step begins."""
+        self.statistics, self.draws = RolloutStatistics(), None
 
     def __call__(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
         started = time.monotonic()
         step = int(trainer.state.global_step)
+        self.draws = self._drawn([int(prompt) for prompt in prompts]) | self.draws
         requests = [self._rows.request(int(prompt)) for prompt in prompts]
         trajectories = self._runner.run(requests, step, f"step {step + 1}/{trainer.state.max_steps}")
         counted = self._count(trajectories, time.monotonic() - started)
@@ -176,6 +196,10 @@ class RolloutFunction:
             if trajectory.outcome is Outcome.FAILED:
                 print(f"step {step + 1}: a rollout failed and is left out: {trajectory.reason}", flush=True)
         return columns(trajectories, [request.environment for request in requests], trainer.pad_token_id)
+
+    def _drawn(self, draws: Sequence[int]) -> Draws:
+        minus_first, last = self._ranks.maximum([-min(draws), max(draws)])
+        return Draws(-int(minus_first), int(last))
 
     def _count(self, trajectories: Sequence[Trajectory], seconds: float) -> RolloutStatistics:
         rollouts, failed, truncated, tokens, turns = self._ranks.total(
