@@ -1,14 +1,16 @@
-"""NeMo Gym on this node: which of its servers answer, and where each environment's agent is."""
+"""NeMo Gym on this node: which of its servers answer, and what their agents make of a row."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Coroutine
+from typing import Any, Protocol
 
 import aiohttp
 import msgspec
 
+from hpc_gym.rollout.outcomes import Failed
 from hpc_gym.rollout.vllm import KEEP_ALIVE_S
 
 log = logging.getLogger(__name__)
@@ -22,22 +24,102 @@ class _Instance(msgspec.Struct):
     url: str | None = None
 
 
+class Gym(Protocol):
+    """Where the environments are: NeMo Gym on this node, or on nodes of its own."""
+
+    @property
+    def ready(self) -> bool:
+        """All of it is there."""
+
+    @property
+    def usable(self) -> bool:
+        """Enough of it is there for rollouts to run."""
+
+    @property
+    def total(self) -> int:
+        """Servers of NeMo Gym that are known; 0 while no head server answers."""
+
+    @property
+    def answering(self) -> int:
+        """How many of them answer."""
+
+    @property
+    def judged(self) -> int:
+        """Answers of a judge that is asked there, not here."""
+
+    def status(self) -> str:
+        """How it stands, for people."""
+
+    def missing(self) -> str:
+        """What is not there, for people."""
+
+    async def run(self, agent: str, body: bytes) -> bytes:
+        """What the agent answers to `/run` (JSON). Cancelling the call drops the run. Raises Failed."""
+
+    async def watch(self) -> None:
+        """Looks whether it is there, for ever."""
+
+    async def close(self) -> None:
+        """Closes the connections."""
+
+
+Lost = asyncio.Future[str]
+"""Done, with the reason, when what a run depends on is gone."""
+
+
+async def unless_lost(work: Coroutine[Any, Any, bytes], lost: Lost) -> bytes:
+    """The result of `work`. Raises Failed, and cancels it, when `lost` comes true first."""
+    working = asyncio.ensure_future(work)
+    try:
+        either: set[asyncio.Future[Any]] = {working, lost}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Failed(f"environment_server_lost: {lost.result()}")
+        return working.result()
+    finally:
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+
+
 class NemoGym:
     """Asks the head server which servers there are, and each server whether it is there.
 
-    The head lists its servers before they are up (nemo-gym 0.4.0), so each is asked. `on_lost` is called with the
-    names of servers that were there and now refuse connections: NeMo Gym itself notices within a minute, and lets
-    rollouts hang until then.
+    The head lists its servers before they are up (nemo-gym 0.4.0), so each is asked. When servers that were there
+    refuse connections, the runs under way end: NeMo Gym itself notices within a minute, and lets them hang until then.
     """
 
-    def __init__(self, head_port: int, on_lost: Callable[[list[str]], None]) -> None:
+    judged = 0
+
+    def __init__(self, head_port: int) -> None:
         self._head = f"http://127.0.0.1:{head_port}"
-        self._on_lost = on_lost
         self._urls: dict[str, str] = {}
         self._up: set[str] = set()
+        self._lost: Lost | None = None
         self.session: aiohttp.ClientSession | None = None
 
-    def http(self) -> aiohttp.ClientSession:
+    async def run(self, agent: str, body: bytes) -> bytes:
+        """See `Gym`."""
+        if not self.ready:
+            raise Failed(f"environment_server_lost: {self.missing()} does not answer")
+        if agent not in self._urls:
+            raise Failed(f"unknown_agent: NeMo Gym has no agent '{agent}'")
+        if self._lost is None:
+            self._lost = asyncio.get_running_loop().create_future()
+        return await unless_lost(self._run(self._urls[agent], body), self._lost)
+
+    async def _run(self, url: str, body: bytes) -> bytes:
+        try:
+            headers = {"Content-Type": "application/json"}
+            async with self._http().post(f"{url}/run", data=body, headers=headers) as answer:
+                text = await answer.read()
+        except (aiohttp.ClientError, OSError) as error:
+            raise Failed(f"agent_unreachable: {error!r}") from error
+        if answer.status != 200:
+            code = "agent_error" if answer.status >= 500 else "row_refused"
+            raise Failed(f"{code}: the agent answered {answer.status}: {text[:300].decode(errors='replace')}")
+        return text
+
+    def _http(self) -> aiohttp.ClientSession:
         """The connections to NeMo Gym's servers: without cookies, a session must not leak into another rollout, and
         without a cap.
         """
@@ -67,13 +149,16 @@ class NemoGym:
         """Every server answers."""
         return bool(self._urls) and len(self._up) == len(self._urls)
 
-    def agent(self, name: str) -> str | None:
-        """The address of that agent; None while NeMo Gym is not ready, or when there is no such agent."""
-        return self._urls.get(name) if self.ready else None
+    @property
+    def usable(self) -> bool:
+        return self.ready
 
-    def missing(self) -> list[str]:
+    def status(self) -> str:
+        return f"NeMo Gym {self.answering}/{self.total or '?'} servers ready"
+
+    def missing(self) -> str:
         """Names of the servers that do not answer."""
-        return sorted(self._urls.keys() - self._up)
+        return f"{', '.join(sorted(self._urls.keys() - self._up)) or 'its head server'} of NeMo Gym"
 
     async def watch(self) -> None:
         """Looks for ever."""
@@ -93,13 +178,15 @@ class NemoGym:
         self._urls, self._up = urls, up
         if lost:
             log.warning("NeMo Gym lost %s", ", ".join(lost))
-            self._on_lost(lost)
+            if self._lost is not None:
+                self._lost.set_result(f"{', '.join(lost)} of NeMo Gym no longer answers")
+                self._lost = None
 
     async def _instances(self) -> dict[str, str]:
         """Names and addresses; the last known ones while the head is too busy to answer."""
         try:
             timeout = aiohttp.ClientTimeout(total=ASK_S)
-            async with self.http().get(f"{self._head}/server_instances", timeout=timeout) as answer:
+            async with self._http().get(f"{self._head}/server_instances", timeout=timeout) as answer:
                 found = msgspec.json.decode(await answer.read(), type=list[_Instance])
         except TimeoutError:
             return self._urls
@@ -110,7 +197,7 @@ class NemoGym:
     async def _answers(self, url: str) -> bool | None:
         """Whether it does; None when it did not in time."""
         try:
-            async with self.http().get(url, timeout=aiohttp.ClientTimeout(total=ASK_S)) as answer:
+            async with self._http().get(url, timeout=aiohttp.ClientTimeout(total=ASK_S)) as answer:
                 await answer.read()
                 return answer.status == 200
         except TimeoutError:

@@ -1,5 +1,6 @@
 """The way to the judge, a frozen model that verifies: NeMo Gym's model server for it asks here, on the loopback
-listener, and the request goes on to the judge's vLLM of this node, or to an address outside with its key.
+listener, and the request goes on to the judge's vLLM of this node, to other nodes with the job's token, or to an
+address outside with its key.
 
 NeMo Gym's servers get their configuration on command lines, which everybody on the node can read: no key could be a
 secret there. So the kernel is asked instead who is at the other end of the connection.
@@ -11,16 +12,18 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
 import msgspec
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from hpc_gym.plan.plan import Judge
+from hpc_gym.rollout.serving import GONE, until_gone
 
 log = logging.getLogger(__name__)
 
@@ -43,101 +46,183 @@ def peer_uid(client_port: int, server_port: int, table: str) -> int | None:
     return None
 
 
+@dataclass(eq=False)
+class _Server:
+    """Something that answers as the judge. `health`: what to ask whether it is there; None: it is taken to be."""
+
+    name: str
+    base: str
+    health: str | None
+    session: aiohttp.ClientSession
+    up: bool = False
+    asked: int = 0
+    """Requests under way."""
+
+
 class JudgeEndpoint:
     """Serves `chat/completions`, `completions`, `responses` and `models` as the judge does. `answered` counts its
-    answers, `up` says whether it is there; an address outside is taken to be.
+    answers, `up` says whether one is there; an address outside is taken to be.
     """
 
-    def __init__(self, judge: Judge, private_dir: str, secrets: Mapping[str, str]) -> None:
-        self.up = judge.url is not None
+    def __init__(
+        self, judge: Judge, private_dir: str, secrets: Mapping[str, str], nodes: Sequence[str] = (), token: str = ""
+    ) -> None:
+        """`nodes`: endpoints that serve `public_routes` for `token`, in the place of a vLLM on this node.
+
+        Raises ValueError when the key of an address outside is not among the secrets.
+        """
+        if judge.api_key_env and judge.api_key_env not in secrets:
+            raise ValueError(f"judge.api_key_env: {judge.api_key_env} was not set when the job was submitted")
         self.answered = 0
-        self._timeout_s = judge.timeout_s
-        self._socket = None if judge.url else f"{private_dir}/judge.sock"
-        self._base = judge.url or "http://judge/v1"
-        self._headers = {"Content-Type": "application/json"}
-        if judge.api_key_env:
-            if judge.api_key_env not in secrets:
-                raise ValueError(f"judge.api_key_env: {judge.api_key_env} was not set when the job was submitted")
-            self._headers["Authorization"] = f"Bearer {secrets[judge.api_key_env]}"
-        self._session: aiohttp.ClientSession | None = None
+        self._judge = judge
+        self._key = secrets[judge.api_key_env] if judge.api_key_env else ""
+        self._socket = f"{private_dir}/judge.sock"
+        self._nodes, self._token = nodes, token
+        self._made: list[_Server] = []
+
+    @property
+    def up(self) -> bool:
+        return self._judge.url is not None or any(server.up for server in self._made)
+
+    def status(self) -> str:
+        """How it stands, for people."""
+        if len(self._nodes) > 1 and (up := sum(server.up for server in self._made)):
+            return f"judge {up}/{len(self._nodes)} ready"
+        return "judge ready" if self.up else "judge loading"
 
     def routes(self, prefix: str) -> list[Route]:
-        """The routes below `prefix` on the loopback listener."""
+        """The routes below `prefix` on a loopback listener."""
+        return self._routes(prefix, self._from_this_user)
+
+    def public_routes(self) -> list[Route]:
+        """The routes for other nodes, on a listener that asks for the token."""
+        return [Route("/judge/health", self._health, methods=["GET"]), *self._routes("/judge/v1", self._forward)]
+
+    def _routes(self, prefix: str, ask: Callable[[str, Request], Awaitable[Response]]) -> list[Route]:
+        def asked(path: str) -> Callable[[Request], Awaitable[Response]]:
+            async def answer(request: Request) -> Response:
+                return await ask(path, request)
+
+            return answer
+
         methods = {"chat/completions": "POST", "completions": "POST", "responses": "POST", "models": "GET"}
-        return [Route(f"{prefix}/{path}", self._asked(path), methods=[methods[path]]) for path in methods]
+        return [Route(f"{prefix}/{path}", asked(path), methods=[method]) for path, method in methods.items()]
 
     async def watch(self) -> None:
-        """Looks whether the judge's vLLM is there, for ever."""
-        while True:
-            if self._socket is not None:
-                up = await self._healthy()
-                if up != self.up:
-                    log.log(logging.INFO if up else logging.WARNING, "the judge %s", "is ready" if up else "is lost")
-                self.up = up
-            await asyncio.sleep(POLL_S)
+        """Looks whether the judge is there, for ever."""
+        await asyncio.gather(*(self._watch(server) for server in self._servers()))
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
+        for server in self._made:
+            await server.session.close()
 
-    async def _healthy(self) -> bool:
+    async def _watch(self, server: _Server) -> None:
+        while True:
+            if server.health is not None:
+                await self._look(server, server.health)
+            await asyncio.sleep(POLL_S)
+
+    async def _look(self, server: _Server, health: str) -> None:
         timeout = aiohttp.ClientTimeout(total=ASK_S)
         try:
-            async with self._client().get("http://judge/health", timeout=timeout) as answer:
-                return answer.status == 200
+            async with server.session.get(health, timeout=timeout) as answer:
+                up = answer.status == 200
         except (aiohttp.ClientError, OSError, TimeoutError):
-            return False
+            up = False
+        if up != server.up:
+            log.log(logging.INFO if up else logging.WARNING, "%s %s", server.name, "is ready" if up else "is lost")
+        server.up = up
 
-    def _asked(self, path: str) -> Callable[[Request], Awaitable[Response]]:
-        async def asked(request: Request) -> Response:
-            return await self._forward(path, request)
+    async def _health(self, _: Request) -> Response:
+        return Response(status_code=200 if self.up else 503)
 
-        return asked
-
-    async def _forward(self, path: str, request: Request) -> Response:
-        """Statuses of the judge go back as they are. NeMo Gym asks again after 503 (nemo-gym 0.4.0,
-        `openai_utils.py`), which is right while a judge restarts, and not after 424.
-        """
+    async def _from_this_user(self, path: str, request: Request) -> Response:
         server = request.scope["server"][1]
         client = request.client
         table = await asyncio.to_thread(_TABLE.read_text)
         if client is None or peer_uid(client.port, server, table) != os.getuid():
             return _problem(403, "the judge answers the user of this job only")
-        data = await request.body() or None
-        timeout = aiohttp.ClientTimeout(total=self._timeout_s)
-        try:
-            async with self._client().request(
-                request.method, f"{self._base}/{path}", data=data, timeout=timeout, allow_redirects=False
-            ) as answer:
-                body = await answer.read()
-        except TimeoutError:
-            return _problem(424, f"the judge did not answer within {self._timeout_s:.0f} s")
-        except (aiohttp.ClientError, OSError) as error:
-            log.warning("the judge could not be asked: %s", type(error).__name__)
-            return _problem(503, "the judge could not be asked; it may be starting")
-        if answer.status == 200:
-            self.answered += 1
-        elif answer.status in (401, 403):
-            # Without its words: they may quote the key.
-            log.warning("the judge refused the key, with %d", answer.status)
-            return _problem(answer.status, "the judge refused the key (judge.api_key_env)")
-        else:
-            log.warning("the judge answered %s with %d: %s", path, answer.status, body[:300].decode(errors="replace"))
-        return Response(body, answer.status, media_type=answer.content_type)
+        return await self._forward(path, request)
 
-    def _client(self) -> aiohttp.ClientSession:
-        if self._session is None:
+    async def _forward(self, path: str, request: Request) -> Response:
+        """Statuses of the judge go back as they are. NeMo Gym asks again after 503 (nemo-gym 0.4.0,
+        `openai_utils.py`), which is right while a judge restarts, and not after 424.
+        """
+        data = await request.body() or None
+        try:
+            return await until_gone(request, self._answer(path, request.method, data))
+        except ClientDisconnect:
+            return GONE
+
+    async def _answer(self, path: str, method: str, data: bytes | None) -> Response:
+        deadline = asyncio.get_running_loop().time() + self._judge.timeout_s
+        for server in self._in_order():
+            left = max(0.001, deadline - asyncio.get_running_loop().time())
+            server.asked += 1
+            try:
+                async with server.session.request(
+                    method,
+                    f"{server.base}/{path}",
+                    data=data,
+                    timeout=aiohttp.ClientTimeout(total=left),
+                    allow_redirects=False,
+                ) as answer:
+                    body = await answer.read()
+            except TimeoutError:
+                return _problem(424, f"the judge did not answer within {self._judge.timeout_s:.0f} s")
+            except (aiohttp.ClientError, OSError) as error:
+                # The same question to another is the same question: nothing was changed by asking.
+                log.warning("%s could not be asked: %s", server.name, type(error).__name__)
+                server.up = server.health is None
+                continue
+            finally:
+                server.asked -= 1
+            return self._passed_on(path, answer.status, answer.content_type, body)
+        return _problem(503, "the judge could not be asked; it may be starting")
+
+    def _passed_on(self, path: str, status: int, content_type: str, body: bytes) -> Response:
+        if status == 200:
+            self.answered += 1
+        elif status in (401, 403):
+            # Without its words: they may quote the key.
+            log.warning("the judge refused the key, with %d", status)
+            return _problem(status, "the judge refused the key (judge.api_key_env)")
+        else:
+            log.warning("the judge answered %s with %d: %s", path, status, body[:300].decode(errors="replace"))
+        return Response(body, status, media_type=content_type)
+
+    def _in_order(self) -> Iterable[_Server]:
+        """Those that are there, the one with the least to do first; all of them where none is known to be."""
+        servers = self._servers()
+        return sorted([server for server in servers if server.up] or servers, key=lambda server: server.asked)
+
+    def _servers(self) -> list[_Server]:
+        # Made late: connections belong to a running loop.
+        if not self._made:
+            self._made = [*self._make()]
+        return self._made
+
+    def _make(self) -> Iterable[_Server]:
+        if self._judge.url is not None:
             connector: aiohttp.BaseConnector = aiohttp.TCPConnector(limit=0)
-            if self._socket is not None:
-                connector = aiohttp.UnixConnector(self._socket, limit=0, keepalive_timeout=KEEP_ALIVE_S)
             # An address outside may only be reached through the site's proxy.
-            self._session = aiohttp.ClientSession(
-                connector=connector,
-                headers=self._headers,
-                cookie_jar=aiohttp.DummyCookieJar(),
-                trust_env=self._socket is None,
-            )
-        return self._session
+            session = _session(connector, self._key, trust_env=True)
+            yield _Server("the judge", self._judge.url, None, session, up=True)
+            return
+        for node in self._nodes:
+            connector = aiohttp.TCPConnector(limit=0)
+            base = f"http://{node}/judge"
+            yield _Server(f"the judge at {node}", f"{base}/v1", f"{base}/health", _session(connector, self._token))
+        if not self._nodes:
+            connector = aiohttp.UnixConnector(self._socket, limit=0, keepalive_timeout=KEEP_ALIVE_S)
+            yield _Server("the judge", "http://judge/v1", "http://judge/health", _session(connector))
+
+
+def _session(connector: aiohttp.BaseConnector, key: str = "", trust_env: bool = False) -> aiohttp.ClientSession:
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    return aiohttp.ClientSession(
+        connector=connector, headers=headers, cookie_jar=aiohttp.DummyCookieJar(), trust_env=trust_env
+    )
 
 
 def _problem(status: int, text: str) -> Response:

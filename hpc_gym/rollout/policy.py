@@ -1,4 +1,5 @@
-"""The policy endpoint: OpenAI chat completions for NeMo Gym's model server, token-exact, on loopback.
+"""The policy endpoint: OpenAI chat completions for NeMo Gym's model server, token-exact, on loopback (and, for NeMo Gym
+on nodes of its own, behind the job's token).
 
 A chat is taken only with the tag of a live rollout, which `runs` put into its row: the tag is the capability, and
 under it the conversation is recorded. Answers never make NeMo Gym try again: its client retries 429, 502, 503, 504 and
@@ -19,6 +20,7 @@ from typing import Any
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from hpc_gym.rollout import chat
 from hpc_gym.rollout.conversation import Conversation, StaleWeights
@@ -50,8 +52,10 @@ class Refused(Exception):
 class PolicyEndpoint:
     """Serves `/v1/chat/completions` and `/v1/models` for the conversations that are open."""
 
-    def __init__(self, model_name: str, max_model_len: int) -> None:
+    def __init__(self, model_name: str, max_model_len: int, address: str = "") -> None:
+        """`address`: `host:port` at which environment nodes reach this endpoint; it stands before each tag."""
         self._model_name = model_name
+        self._prefix = f"{address}/" if address else ""
         self._max_model_len = max_model_len
         self._open: dict[str, Conversation] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()
@@ -60,7 +64,8 @@ class PolicyEndpoint:
 
     def open(self, replica: Replica, weight_version: int, deadline: float) -> Conversation:
         """A new conversation on that replica, under a tag that cannot be guessed."""
-        conversation = Conversation(secrets.token_urlsafe(24), replica, replica.incarnation, weight_version, deadline)
+        tag = self._prefix + secrets.token_urlsafe(24)
+        conversation = Conversation(tag, replica, replica.incarnation, weight_version, deadline)
         self._open[conversation.tag] = conversation
         return conversation
 
@@ -72,9 +77,10 @@ class PolicyEndpoint:
             if len(self._ended) > ENDED_KEPT:
                 self._ended.popitem(last=False)
 
-    async def models(self, _: Request) -> Response:
-        """`GET /v1/models`."""
-        return _json({"object": "list", "data": [{"id": self._model_name, "object": "model", "owned_by": "hpc-gym"}]})
+    def routes(self) -> list[Route]:
+        """The routes of a listener on which it is asked."""
+        chat = Route("/v1/chat/completions", self.chat_completions, methods=["POST"])
+        return [chat, models_route(self._model_name)]
 
     async def chat_completions(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
@@ -227,6 +233,15 @@ class PolicyEndpoint:
         """NeMo Gym's adapter takes a 400 that speaks of the context length for a turn that was cut off."""
         conversation.truncated = f"the conversation reached the context length of {self._max_model_len} tokens ({text})"
         return Refused(400, f"This model's maximum context length is {self._max_model_len} tokens: {text}")
+
+
+def models_route(model_name: str) -> Route:
+    """`GET /v1/models`."""
+
+    async def models(_: Request) -> Response:
+        return _json({"object": "list", "data": [{"id": model_name, "object": "model", "owned_by": "hpc-gym"}]})
+
+    return Route("/v1/models", models, methods=["GET"])
 
 
 def _read(data: bytes) -> tuple[dict[str, Any], object]:

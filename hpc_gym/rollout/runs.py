@@ -8,14 +8,13 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import aiohttp
 import msgspec
 
 from hpc_gym.plan.plan import Environment
 from hpc_gym.protocol.messages import RolloutRequest, Sampling
 from hpc_gym.protocol.trajectory import Outcome, Trajectory
 from hpc_gym.rollout.conversation import Conversation
-from hpc_gym.rollout.gym import NemoGym
+from hpc_gym.rollout.gym import Gym
 from hpc_gym.rollout.outcomes import Failed, read_verdict, worth_retrying
 from hpc_gym.rollout.policy import TAG, PolicyEndpoint
 from hpc_gym.rollout.replicas import Replica, Replicas
@@ -63,7 +62,7 @@ class Rollouts:
         self,
         environments: Sequence[Environment],
         replicas: Replicas,
-        gym: NemoGym,
+        gym: Gym,
         policy: PolicyEndpoint,
         max_concurrent: int,
     ) -> None:
@@ -72,7 +71,6 @@ class Rollouts:
         self._gym = gym
         self._policy = policy
         self._room = asyncio.Semaphore(max_concurrent)
-        self._conversations: set[Conversation] = set()
         self.running = 0
         self.queued = 0
 
@@ -83,11 +81,6 @@ class Rollouts:
         except KeyError:
             known = ", ".join(sorted(self._environments))
             raise BadRow(f"there is no environment '{name}' in this run; there are: {known}") from None
-
-    def lost(self, servers: Sequence[str]) -> None:
-        """Ends what is under way: NeMo Gym would let it hang on servers that are gone."""
-        for conversation in list(self._conversations):
-            conversation.fail(f"environment_server_lost: {', '.join(servers)} of NeMo Gym no longer answers")
 
     async def one(self, request: RolloutRequest, row: Row, index: int, weight_version: int) -> Trajectory:
         """The trajectory of one request, tried as often as its environment allows. Never raises for a failed
@@ -119,7 +112,6 @@ class Rollouts:
                 try:
                     reward, metrics = await self._attempt(environment, conversation, row)
                 finally:
-                    self._conversations.discard(conversation)
                     self._policy.close(conversation)
             except Failed as failed:
                 log.warning("%s: attempt %d/%d failed: %s", environment.name, attempt, environment.max_attempts, failed)
@@ -149,30 +141,23 @@ class Rollouts:
         loop = asyncio.get_running_loop()
         while True:
             replica: Replica | None = self._replicas.choose(group, weight_version)
-            if replica is not None and self._gym.ready:
+            if replica is not None and self._gym.usable:
                 wanted = max(weight_version, self._replicas.newest)
-                conversation = self._policy.open(replica, wanted, deadline)
-                self._conversations.add(conversation)
-                return conversation
+                return self._policy.open(replica, wanted, deadline)
             if reason := self._replicas.hopeless(weight_version):
                 raise Failed(reason)
             if loop.time() >= deadline:
                 if replica is None:
                     raise Failed("replica_lost: no vLLM replica was ready before the rollout's deadline")
-                missing = ", ".join(self._gym.missing()) or "its head server"
-                raise Failed(
-                    f"environment_server_lost: {missing} of NeMo Gym was not there before the rollout's deadline"
-                )
+                missing = self._gym.missing()
+                raise Failed(f"environment_server_lost: {missing} was not there before the rollout's deadline")
             await asyncio.sleep(WAIT_S)
 
     async def _attempt(
         self, environment: Environment, conversation: Conversation, row: Row
     ) -> tuple[float, dict[str, float]]:
         """One `/run`: reward and metrics. Raises Failed."""
-        url = self._gym.agent(environment.agent)
-        if url is None:
-            raise Failed(f"unknown_agent: NeMo Gym has no agent '{environment.agent}'")
-        run = asyncio.ensure_future(self._run(url, row.body(conversation.tag)))
+        run = asyncio.ensure_future(self._gym.run(environment.agent, row.body(conversation.tag)))
         ended = asyncio.ensure_future(conversation.ended.wait())
         try:
             left = conversation.deadline - asyncio.get_running_loop().time()
@@ -189,15 +174,3 @@ class Rollouts:
         if conversation.turns == 0:
             raise Failed(f"no_policy_tokens: {conversation.truncated or 'the environment never asked the policy'}")
         return reward, metrics
-
-    async def _run(self, url: str, body: bytes) -> bytes:
-        try:
-            headers = {"Content-Type": "application/json"}
-            async with self._gym.http().post(f"{url}/run", data=body, headers=headers) as answer:
-                text = await answer.read()
-        except (aiohttp.ClientError, OSError) as error:
-            raise Failed(f"agent_unreachable: {error!r}") from error
-        if answer.status != 200:
-            code = "agent_error" if answer.status >= 500 else "row_refused"
-            raise Failed(f"{code}: the agent answered {answer.status}: {text[:300].decode(errors='replace')}")
-        return text

@@ -7,24 +7,28 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
+from serving_apps import Served
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from hpc_gym.plan.plan import Judge
+from hpc_gym.rollout.environment_server import EnvironmentServer
+from hpc_gym.rollout.gym import NemoGym
 from hpc_gym.rollout.judge import JudgeEndpoint, peer_uid
 from hpc_gym.rollout.policy import PolicyEndpoint
-from hpc_gym.rollout.server import RolloutServer, listener
+from hpc_gym.rollout.relay import PolicyRelay
+from hpc_gym.rollout.server import RolloutServer
+from hpc_gym.rollout.serving import guarded
 
 KEY = "sk-planted"
 CHAT = b'{"model": "big",  "messages": [{"role": "user", "content": "hi"}]}'
@@ -41,49 +45,22 @@ class Outside:
     def __init__(self) -> None:
         self.seen: list[tuple[str, bytes, str]] = []
         self.status = 200
+        self.gate: asyncio.Event | None = None
+
+    @property
+    def chats(self) -> list[bytes]:
+        return [body for path, body, _ in self.seen if path == "/v1/chat/completions"]
 
     async def answer(self, request: Request) -> Response:
         key = request.headers.get("authorization", "")
         self.seen.append((request.url.path, await request.body(), key))
+        if self.gate is not None and request.url.path != "/health":
+            await self.gate.wait()
         return JSONResponse({"said": key if self.status == 401 else "yes"}, self.status)
 
     def app(self) -> Starlette:
         methods = ["GET", "POST"]
         return Starlette(routes=[Route("/{path:path}", self.answer, methods=methods)])
-
-
-class Served:
-    """Applications on ports of their own, on one thread."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        self._listeners: list[tuple[uvicorn.Server, Any]] = []
-
-    def start(self, app: Any, path: Path | None = None) -> str:
-        import socket
-
-        if path is None:
-            bound = socket.create_server(("127.0.0.1", 0))
-        else:
-            bound = socket.socket(socket.AF_UNIX)
-            bound.bind(str(path))
-            bound.listen()
-        started = listener(app)
-        future = asyncio.run_coroutine_threadsafe(started.serve([bound]), self._loop)
-        self._listeners.append((started, future))
-        return "" if path else f"http://127.0.0.1:{bound.getsockname()[1]}"
-
-    def do(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
-
-    def stop(self) -> None:
-        for started, future in self._listeners:
-            started.should_exit = True
-            future.result(10)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(5)
 
 
 @pytest.fixture
@@ -95,13 +72,14 @@ def served() -> Iterator[Served]:
 
 def endpoint_for(served: Served, judge: Judge, folder: Path) -> tuple[JudgeEndpoint, str]:
     endpoint = JudgeEndpoint(judge, str(folder), {"JUDGE_KEY": KEY})
-    server = RolloutServer([], PolicyEndpoint("policy", 100), str(folder), 1, 8, 1, endpoint)
-    return endpoint, served.start(server.loopback()) + "/judge/v1"
+    server = RolloutServer([], PolicyEndpoint("policy", 100), str(folder), 1, 8, NemoGym(1), endpoint)
+    return endpoint, f"http://{served.start(server.loopback())}/judge/v1"
 
 
-def ask(url: str, data: bytes | None = CHAT) -> tuple[int, Any]:
+def ask(url: str, data: bytes | None = CHAT, token: str = "") -> tuple[int, Any]:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data), timeout=10) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=10) as answer:
             return int(answer.status), json.loads(answer.read())
     except urllib.error.HTTPError as error:
         body = error.read()
@@ -112,7 +90,7 @@ def test_a_request_goes_to_the_address_outside_with_its_key_and_nothing_else_cha
     served: Served, tmp_path: Path
 ) -> None:
     outside = Outside()
-    judge = Judge("big", 5, served.start(outside.app()) + "/v1", "JUDGE_KEY")
+    judge = Judge("big", 5, f"http://{served.start(outside.app())}/v1", "JUDGE_KEY")
     endpoint, url = endpoint_for(served, judge, tmp_path)
     assert ask(f"{url}/chat/completions") == (200, {"said": "yes"})
     assert ask(f"{url}/models", None)[0] == 200
@@ -130,7 +108,7 @@ def test_a_request_goes_to_the_address_outside_with_its_key_and_nothing_else_cha
 def test_the_judges_own_errors_go_back_as_they_are(served: Served, tmp_path: Path, status: int) -> None:
     outside = Outside()
     outside.status = status
-    endpoint, url = endpoint_for(served, Judge("big", 5, served.start(outside.app()) + "/v1"), tmp_path)
+    endpoint, url = endpoint_for(served, Judge("big", 5, f"http://{served.start(outside.app())}/v1"), tmp_path)
     assert ask(f"{url}/chat/completions") == (status, {"said": "yes"})
     assert endpoint.answered == 0
     served.do(endpoint.close())
@@ -141,7 +119,7 @@ def test_an_answer_that_quotes_the_key_is_not_passed_on(
 ) -> None:
     outside = Outside()
     outside.status = 401
-    judge = Judge("big", 5, served.start(outside.app()) + "/v1", "JUDGE_KEY")
+    judge = Judge("big", 5, f"http://{served.start(outside.app())}/v1", "JUDGE_KEY")
     endpoint, url = endpoint_for(served, judge, tmp_path)
     status, body = ask(f"{url}/chat/completions")
     assert status == 401
@@ -163,10 +141,88 @@ def test_a_judge_of_this_node_is_asked_on_its_socket_and_waited_for(served: Serv
     served.do(endpoint.close())
 
 
+TOKEN = "s3cret"
+
+
+class JudgeNode:
+    """A judge's vLLM and the judge server before it, on a node of its own."""
+
+    def __init__(self, served: Served, folder: Path) -> None:
+        folder.mkdir()
+        self.vllm = Outside()
+        served.start(self.vllm.app(), folder / "judge.sock")
+        self.endpoint = JudgeEndpoint(Judge("judge", 5), str(folder), {})
+        self.address = served.start(guarded("a judge server", self.endpoint.public_routes(), TOKEN))
+        served.watch(self.endpoint.watch())
+
+
+def test_judges_on_nodes_of_their_own_share_the_work_and_a_dead_one_is_left_out(served: Served, tmp_path: Path) -> None:
+    nodes = [JudgeNode(served, tmp_path / str(number)) for number in range(2)]
+    endpoint = JudgeEndpoint(Judge("judge", 5), str(tmp_path), {}, [node.address for node in nodes], TOKEN)
+    server = RolloutServer([], PolicyEndpoint("policy", 100), str(tmp_path), 1, 8, NemoGym(1), endpoint)
+    url = f"http://{served.start(server.loopback())}/judge/v1/chat/completions"
+    assert "judge loading" in server.health().status
+    served.watch(endpoint.watch())
+    served.until(lambda: endpoint.status() == "judge 2/2 ready")
+
+    gate = asyncio.Event()
+    for node in nodes:
+        node.vllm.gate = gate
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(ask, url) for _ in range(6)]
+        served.until(lambda: all(len(node.vllm.chats) == 3 for node in nodes))
+        served.loop.call_soon_threadsafe(gate.set)
+        assert [each.result() for each in asked] == [(200, {"said": "yes"})] * 6
+    assert nodes[0].vllm.chats[0] == CHAT
+
+    served.end(nodes[0].address)
+    assert [ask(url)[0] for _ in range(4)] == [200] * 4
+    assert (len(nodes[0].vllm.chats), len(nodes[1].vllm.chats)) == (3, 7)
+    served.until(lambda: endpoint.status() == "judge 1/2 ready")
+    assert endpoint.up
+    assert endpoint.answered == 10
+    served.do(endpoint.close())
+
+
+def test_a_judge_node_whose_vllm_is_gone_is_left_out(served: Served, tmp_path: Path) -> None:
+    node = JudgeNode(served, tmp_path / "0")
+    endpoint = JudgeEndpoint(Judge("judge", 5), str(tmp_path), {}, [node.address], TOKEN)
+    served.watch(endpoint.watch())
+    served.until(lambda: endpoint.up)
+    served.end(str(tmp_path / "0" / "judge.sock"))
+    served.until(lambda: not endpoint.up)
+    assert endpoint.status() == "judge loading"
+
+
+def test_a_judge_node_answers_nobody_without_the_token(served: Served, tmp_path: Path) -> None:
+    node = JudgeNode(served, tmp_path / "0")
+    for path in ("health", "v1/chat/completions"):
+        assert ask(f"http://{node.address}/judge/{path}")[0] == 401
+    assert node.vllm.chats == []
+
+
+def test_an_environment_node_asks_the_judge_of_a_rollout_node(served: Served, tmp_path: Path) -> None:
+    """With the judge on the rollout nodes, their servers pass requests on to it for whoever has the token."""
+    vllm = Outside()
+    served.start(vllm.app(), tmp_path / "judge.sock")
+    its = JudgeEndpoint(Judge("judge", 5), str(tmp_path), {})
+    rollout = RolloutServer([], PolicyEndpoint("policy", 100), str(tmp_path), 1, 8, NemoGym(1), its)
+    address = served.start(rollout.public(TOKEN, environment_nodes=True))
+    there = JudgeEndpoint(Judge("judge", 5), "", {}, [address], TOKEN)
+    environment = EnvironmentServer(NemoGym(1), PolicyRelay([address], TOKEN, "policy", 5), there)
+    url = f"http://{served.start(environment.loopback())}/judge/v1/chat/completions"
+    assert ask(url) == (200, {"said": "yes"})
+    assert vllm.chats == [CHAT]
+    alone = served.start(rollout.public(TOKEN))
+    assert ask(f"http://{alone}/judge/v1/chat/completions", token=TOKEN)[0] == 404, "nobody needs it there"
+    served.do(there.close())
+    served.do(its.close())
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
 def test_another_user_of_the_node_is_refused(served: Served, tmp_path: Path) -> None:
     outside = Outside()
-    endpoint, url = endpoint_for(served, Judge("big", 5, served.start(outside.app()) + "/v1"), tmp_path)
+    endpoint, url = endpoint_for(served, Judge("big", 5, f"http://{served.start(outside.app())}/v1"), tmp_path)
     command = ["/usr/bin/env", "python3", "-c", ASK, f"{url}/chat/completions"]
     done = subprocess.run(command, user=65534, capture_output=True, text=True, timeout=20, check=True, env={})
     assert done.stdout.strip() == "403"

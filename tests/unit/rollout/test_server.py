@@ -18,8 +18,10 @@ from hpc_gym.plan.plan import Environment
 from hpc_gym.protocol.client import RolloutClient, RolloutServerError
 from hpc_gym.protocol.messages import RolloutRequest, Sampling, WeightsInit
 from hpc_gym.protocol.trajectory import Outcome, Trajectory
+from hpc_gym.rollout.gym import NemoGym
 from hpc_gym.rollout.policy import PolicyEndpoint
-from hpc_gym.rollout.server import RolloutServer, listener
+from hpc_gym.rollout.server import RolloutServer
+from hpc_gym.rollout.serving import listener
 
 TOKEN = "s3cret"
 REQUEST = RolloutRequest(
@@ -44,7 +46,7 @@ class Served:
         def run() -> None:
             asyncio.set_event_loop(self._loop)
             policy = PolicyEndpoint("policy", 100)
-            server = RolloutServer(environments, policy, str(self._folder), 1, 8, unused_port())
+            server = RolloutServer(environments, policy, str(self._folder), 1, 8, NemoGym(unused_port()))
             self._listener = listener(server.public(TOKEN))
 
             async def serve() -> None:
