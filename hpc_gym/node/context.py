@@ -20,6 +20,9 @@ from hpc_gym.plan.plan import Node, Plan
 from hpc_gym.protocol.log_lines import log_name
 from hpc_gym.protocol.secrets import Secrets, read_secrets
 
+NODE_TOKEN = "token"
+"""File in the private directory: a secret of this node and attempt, for programs that want a token of their own."""
+
 
 @dataclass(frozen=True)
 class NodeContext:
@@ -79,6 +82,13 @@ class NodeContext:
         if len(scratch) > 24 or not os.access(scratch, os.W_OK | os.X_OK):
             scratch = "/tmp"
         return Path(scratch) / f"hg-{_digest(self.secrets, f'directory of {self.node.name}')[:10]}"
+
+    def make_private_dir(self) -> None:
+        """Makes the private directory, with the node's own token in it. Raises FileExistsError when it is there."""
+        self.private_dir.mkdir(mode=0o700)
+        descriptor = os.open(self.private_dir / NODE_TOKEN, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(_digest(self.secrets, f"token of {self.node.name}"))
 
     def log(self, role: str, process: str) -> Path:
         return self.attempt_dir / "logs" / log_name(role, self.node.name, process)

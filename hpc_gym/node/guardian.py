@@ -37,7 +37,7 @@ def guard(run_dir: Path) -> Outcome:
     context = NodeContext.from_environment(run_dir)
     log = context.log(context.node.role, "supervisor")
     since, before = time.time(), shared_memory.names()
-    context.private_dir.mkdir(mode=0o700)
+    context.make_private_dir()
     try:
         code = _run_supervisor(run_dir, log)
         if left := tree.kill_all(context.marker):

@@ -194,6 +194,10 @@ def _gym(experiment: Experiment, names: Names, text: str, config_paths: Sequence
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_TMPDIR": "{private_dir}",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Whoever reaches Ray's port without a token runs code as this user. By itself Ray (2.60) keeps its token in
+        # the home directory, readable by others, one for all jobs.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": "{private_dir}/token",
     }
     argv = (
         *("gym", "env", "start", f"+config_paths=[{paths}]"),
