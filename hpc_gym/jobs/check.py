@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from hpc_gym.config.problems import Problem, problem_line
+from hpc_gym.plan.checks import default_hub_cache, refuse_absent_hub_model
 from hpc_gym.plan.plan import Plan, Runtime
-from hpc_gym.plan.resolve import resolve
+from hpc_gym.plan.processes import BASE
+from hpc_gym.plan.resolve import NotReadyError, resolve
 from hpc_gym.runtimes.spec import is_built, names, spec_of
-
-_CHECKPOINT_BYTES_PER_WEIGHT_BYTE = 7.0
-"""Of mixed-precision Adam: 2 bytes of weights against 12 of master weights and both moments, and the weights again."""
 
 
 @dataclass(frozen=True)
@@ -30,20 +28,32 @@ class Finding:
 def check_experiment(
     experiment: str | Path, overrides: Sequence[str] = (), cluster: str | None = None
 ) -> list[Finding]:
-    """All findings, in the order in which a job would come upon them.
+    """All findings, in the order in which a job would come upon them. What is missing hides nothing of the rest.
 
-    Raises UserError, with every problem, when the experiment itself is wrong.
+    Raises UserError, with every problem, when the experiment itself is not well formed.
     """
-    plan = resolve(experiment, overrides, cluster).plan
-    sizes = ", ".join(f"{sum(node.role == role for node in plan.nodes)} {role}" for role in _roles(plan))
-    findings = [
-        Finding("experiment", "ok", f"{plan.name}: {sizes} node(s), {plan.training.world_size} training rank(s)")
-    ]
+    from hpc_gym.jobs.storage_check import storage_findings
+
+    problems: list[Finding] = []
+    try:
+        plan = resolve(experiment, overrides, cluster).plan
+    except NotReadyError as error:
+        plan = error.outline
+        where = error.described.provenance
+        lines = [(_check_of(problem), problem_line(problem, where)) for problem in error.problems]
+        problems = [Finding(check, "failed", line) for check, line in dict.fromkeys(lines)]
+    findings = [Finding("experiment", "ok", _sizes(plan))]
+    if any(problem.check == "experiment" for problem in problems):
+        findings = []
+    findings += problems
     findings += _runtimes(plan)
-    findings.append(_model("model", plan.training.model))
-    findings += _judge(plan)
-    findings += _data(plan)
-    findings += _storage(plan)
+    failed = {problem.check for problem in problems}
+    if "model" not in failed:
+        findings.append(_model("model", plan.training.model, plan))
+    if "judge" not in failed:
+        findings += _judge(plan)
+    findings += _data(plan, failed)
+    findings += storage_findings(plan)
     if plan.launch.kind == "slurm":
         from hpc_gym.jobs.slurm_check import slurm_findings
 
@@ -51,8 +61,18 @@ def check_experiment(
     return findings
 
 
-def _roles(plan: Plan) -> list[str]:
-    return list(dict.fromkeys(node.role for node in plan.nodes))
+def _check_of(problem: Problem) -> str:
+    """The check that a problem of the experiment belongs to."""
+    section, *rest = problem.path or ("",)
+    if section == "data":
+        return "held-out data" if rest[:1] == ["eval"] else "training data"
+    return {"model": "model", "judge": "judge", "runtimes": "runtimes"}.get(str(section), "experiment")
+
+
+def _sizes(plan: Plan) -> str:
+    roles = dict.fromkeys(node.role for node in plan.nodes)
+    sizes = ", ".join(f"{sum(node.role == role for node in plan.nodes)} {role}" for role in roles)
+    return f"{plan.name}: {sizes} node(s), {plan.training.world_size} training rank(s)"
 
 
 def _runtimes(plan: Plan) -> Iterator[Finding]:
@@ -75,11 +95,44 @@ def missing_of(runtime: Runtime) -> str:
     return "" if Path(runtime.python).exists() else f"there is no interpreter {runtime.python}"
 
 
-def _model(what: str, model: str) -> Finding:
+def missing_runtimes(plan: Plan) -> list[str]:
+    """What is missing of the runtimes that a plan names, a sentence each."""
+    found = {name: missing_of(runtime) for name, runtime in plan.runtimes.items() if name != BASE}
+    return [f"runtime {name}: {missing}" for name, missing in found.items() if missing]
+
+
+def _model(what: str, model: str, plan: Plan) -> Finding:
     folder = Path(model)
-    if not folder.is_dir():
-        return Finding(what, "ok", f"{model}, in the cache of the hub")
-    return Finding(what, "ok", f"{folder}, {_weight_bytes(folder) / 1e9:.1f} GB of weights")
+    if folder.is_absolute():
+        return Finding(what, "ok", f"{folder}, {weight_bytes(folder) / 1e9:.1f} GB of weights")
+    key = "judge.model" if what == "judge" else "model.path"
+    home = plan.env.get("HF_HOME")
+    cache = Path(plan.env.get("HF_HUB_CACHE") or (f"{home}/hub" if home else Path.home() / ".cache/huggingface/hub"))
+    shell = default_hub_cache()
+    if plan.launch.kind == "local" or _is_cached(model, cache):
+        return Finding(what, "ok", f"{model}, in the cache {shell if plan.launch.kind == 'local' else cache}")
+    if any("HF_H" in line for line in plan.launch.setup):
+        return Finding(what, "warning", f"{model}: the job looks in the cache that cluster.setup names")
+    if _is_cached(model, shell):
+        # A job starts without the variables of the shell that it is submitted from.
+        named = "HF_HUB_CACHE" if os.environ.get("HF_HUB_CACHE") else "HF_HOME"
+        detail = f"{model} is in {shell}, but the job would look in {cache}: set cluster.env.{named} in the profile"
+        return Finding(what, "failed", detail)
+    detail = (
+        f"{model} is not in the cache {cache}, and a job never downloads: fetch it first (`hf download {model}`), "
+        f"or set {key} to a folder"
+    )
+    return Finding(what, "failed", detail)
+
+
+def _is_cached(model: str, cache: Path) -> bool:
+    from hpc_gym.errors import UserError
+
+    try:
+        refuse_absent_hub_model(model, cache)
+    except UserError:
+        return False
+    return True
 
 
 def _judge(plan: Plan) -> Iterator[Finding]:
@@ -87,64 +140,22 @@ def _judge(plan: Plan) -> Iterator[Finding]:
     if judge is None:
         return
     if judge.model is not None:
-        yield _model("judge", judge.model)
+        yield _model("judge", judge.model, plan)
     elif judge.api_key_env and not os.environ.get(judge.api_key_env):
         yield Finding("judge", "failed", f"{judge.url}: {judge.api_key_env} (judge.api_key_env) is not set here")
     else:
         yield Finding("judge", "ok", f"{judge.model_name} at {judge.url}")
 
 
-def _weight_bytes(folder: Path) -> int:
+def weight_bytes(folder: Path) -> int:
+    """Size of the weights in a model's folder; 0 where there is none."""
     return sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
 
 
-def _data(plan: Plan) -> Iterator[Finding]:
+def _data(plan: Plan, failed: set[str]) -> Iterator[Finding]:
     training = plan.training
     for kind, sources in (("training", training.sources), ("held-out", training.evaluation.sources)):
         for source in sources:
             yield Finding(f"{kind} data", "ok", f"{source.environment}: {source.rows} rows, {source.path}")
-    if not training.evaluation.sources:
+    if not training.evaluation.sources and "held-out data" not in failed:
         yield Finding("held-out data", "warning", "none: the report will have no evaluation (data.eval)")
-
-
-def _storage(plan: Plan) -> Iterator[Finding]:
-    run_dir = Path(plan.run_dir)
-    if run_dir.exists():
-        yield Finding("run directory", "failed", f"{run_dir} exists: choose another name=...")
-        return
-    folder = next(parent for parent in run_dir.parents if parent.exists())
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".hpc-gym-check-") as file:
-            file.write(b"x" * 4096)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        yield Finding("run directory", "failed", f"{folder} cannot be written to: {error.strerror}")
-        return
-    if plan.launch.kind == "slurm" and (kind := _node_local(folder)):
-        yield Finding(
-            "run directory", "warning", f"{folder} is on {kind}: other nodes do not see it (cluster.runs_dir)"
-        )
-    else:
-        yield Finding("run directory", "ok", str(run_dir))
-    yield _room(plan, folder)
-
-
-def _node_local(folder: Path) -> str:
-    """What a path is on, where that is no storage that nodes share; "" where it may be."""
-    mounts: list[tuple[str, str]] = []
-    for line in Path("/proc/mounts").read_text().splitlines():
-        _, point, kind, *_ = line.split()
-        if folder == Path(point) or Path(point) in folder.parents:
-            mounts.append((point, kind))
-    kind = max(mounts, key=lambda mount: len(mount[0]))[1] if mounts else ""
-    return f"a {kind}" if kind in ("tmpfs", "ramfs", "overlay") else ""
-
-
-def _room(plan: Plan, folder: Path) -> Finding:
-    weights = _weight_bytes(Path(plan.training.model)) if Path(plan.training.model).is_dir() else 0
-    # One more than is kept, for the newest is written before the oldest goes; and the model that is exported.
-    wanted = weights * (_CHECKPOINT_BYTES_PER_WEIGHT_BYTE * (plan.training.checkpoints_kept + 1) + 1)
-    free = shutil.disk_usage(folder).free
-    detail = f"{free / 1e9:.0f} GB free; checkpoints and the model want about {wanted / 1e9:.1f} GB"
-    return Finding("room", "ok" if free > wanted else "failed", detail)

@@ -13,12 +13,13 @@ from hpc_gym.errors import UserError
 from hpc_gym.jobs.check import Finding
 from hpc_gym.jobs.rendering import render
 from hpc_gym.jobs.slurm import ask
+from hpc_gym.jobs.slurm_limits import limit_findings
 from hpc_gym.jobs.slurm_script import Directives, sbatch_options
+from hpc_gym.jobs.slurm_values import gpus_per_node, minutes
 from hpc_gym.plan.plan import Plan
 
 _COMMANDS = ("sbatch", "squeue", "scancel", "scontrol", "sinfo")
 _DOWN = ("down", "drain", "drng", "fail", "maint", "unk", "inval", "boot", "pow")
-_GPUS = re.compile(r"(?:^|,)(?:gpu(?::[^:,=]+)?[:=])?(\d+)$")
 
 
 def slurm_findings(plan: Plan) -> Iterator[Finding]:
@@ -35,10 +36,12 @@ def slurm_findings(plan: Plan) -> Iterator[Finding]:
             yield _partition(options, partitions)
         for account in sorted({options["account"] or "" for options in components if "account" in options}):
             yield _account(account)
-        yield _time(plan, components[0], partitions)
+        yield from limit_findings(components, [_limit(options, components, partitions) for options in components])
+        yield from _times(plan, components, partitions)
         yield _fits(components, partitions)
         yield _test(plan)
         yield _cost(components, partitions)
+        yield from _others(components, partitions)
     except UserError as error:
         yield Finding("slurm", "failed", str(error))
 
@@ -72,6 +75,10 @@ def _partition(options: Directives, partitions: Partitions) -> Finding:
         if partitions[name]["State"] != "UP":
             return Finding("partition", "failed", f"'{name}' is {partitions[name]['State']}")
     fields = partitions[_names(options)[0]]
+    most = fields.get("MaxNodes", "UNLIMITED")
+    if most.isdigit() and int(options["nodes"] or 0) > int(most):
+        detail = f"'{fields['PartitionName']}' gives a job at most {most} nodes; this one asks for {options['nodes']}"
+        return Finding("partition", "failed", detail)
     detail = f"{fields['PartitionName']}: {fields['TotalNodes']} nodes, at most {fields['MaxTime']}"
     return Finding("partition", "ok", detail)
 
@@ -91,44 +98,44 @@ def _account(account: str) -> Finding:
     return Finding("account", "failed" if enforced else "warning", detail)
 
 
-def _time(plan: Plan, options: Directives, partitions: Partitions) -> Finding:
-    name = _names(options)[0]
-    fields = partitions.get(name, {})
-    wanted = options.get("time") or _set(fields.get("DefaultTime")) or fields.get("MaxTime", "UNLIMITED")
+def _times(plan: Plan, components: list[Directives], partitions: Partitions) -> Iterator[Finding]:
+    """One finding per limit: the components of a heterogeneous job mostly have the same."""
+    yield from dict.fromkeys(_time(plan, options, components, partitions) for options in components)
+
+
+def _time(plan: Plan, options: Directives, components: list[Directives], partitions: Partitions) -> Finding:
+    fields = partitions.get(_names(options)[0], {})
+    wanted = _time_text(options, components, fields)
     limit, most = minutes(wanted), minutes(fields.get("MaxTime", "UNLIMITED"))
     margin = plan.supervision.time_limit_margin_s / 60
     if limit > most:
-        return Finding("time limit", "failed", f"{wanted} is more than the partition allows: {fields['MaxTime']}")
+        where = f"partition '{fields['PartitionName']}'"
+        return Finding("time limit", "failed", f"{wanted} is more than {where} allows: {fields['MaxTime']}")
     if limit <= 2 * margin:
         detail = f"{wanted}: the job saves and is requeued {margin:g} min before (supervision.time_limit_margin_s)"
         return Finding("time limit", "warning", detail)
     return Finding("time limit", "ok", f"{wanted}; saved and requeued {margin:g} min before it ends")
 
 
+def _limit(options: Directives, components: list[Directives], partitions: Partitions) -> float:
+    """Minutes that a component may take."""
+    return minutes(_time_text(options, components, partitions.get(_names(options)[0], {})))
+
+
+def _time_text(options: Directives, components: list[Directives], fields: Mapping[str, str]) -> str:
+    own = options.get("time") or components[0].get("time")
+    return own or _set(fields.get("DefaultTime")) or fields.get("MaxTime", "UNLIMITED")
+
+
 def _set(value: str | None) -> str | None:
     return None if value in (None, "NONE", "UNLIMITED") else value
-
-
-def minutes(text: str) -> float:
-    """Minutes of a time as sbatch takes it: 30, 30:00, 12:00:00, 2-0, 2-12:30, UNLIMITED (infinity)."""
-    if text.upper() in ("UNLIMITED", "INFINITE"):
-        return float("inf")
-    days, dash, rest = text.rpartition("-")
-    parts = [float(part) for part in rest.split(":")]
-    if dash:
-        hours, mins, secs = [*parts, 0.0, 0.0][:3]
-    elif len(parts) == 3:
-        hours, mins, secs = parts
-    else:
-        hours, (mins, secs) = 0.0, [*parts, 0.0][:2]
-    return float(days or 0) * 1440 + hours * 60 + mins + secs / 60
 
 
 def _fits(components: list[Directives], partitions: Partitions) -> Finding:
     """Whether nodes enough exist for all components at once, which `sbatch --test-only` looks at one by one."""
     wanted = [int(options["nodes"] or 0) for options in components]
     eligible = [_eligible(options, partitions) for options in components]
-    alone = len(components) == 1 or any("exclusive" in options or _gpus(options) for options in components)
+    alone = len(components) == 1 or any("exclusive" in options or gpus_per_node(options) for options in components)
     groups: list[tuple[int, ...]] = [(index,) for index in range(len(components))]
     if alone:
         groups = [
@@ -146,10 +153,26 @@ def _fits(components: list[Directives], partitions: Partitions) -> Finding:
 
 
 def _eligible(options: Directives, partitions: Partitions) -> set[str]:
-    """Nodes of the component's partitions that are not down, by name."""
+    """Nodes of the component's partitions, by name, that are not down and have the GPUs and features it asks for."""
     names = ",".join(partitions[name]["PartitionName"] for name in _names(options) if name in partitions)
-    listed = ask(["sinfo", "-h", "-N", "-p", names, "-o", "%N %t"]).splitlines()
-    return {name for name, state in map(str.split, listed) if not state.startswith(_DOWN) and not state.endswith("*")}
+    gpus, wanted = gpus_per_node(options), _features(options.get("constraint"))
+    found = set()
+    for line in ask(["sinfo", "-h", "-N", "-p", names, "-o", "%N|%t|%G|%f"]).splitlines():
+        name, state, gres, features = line.split("|")
+        is_up = not state.startswith(_DOWN) and not state.endswith("*")
+        if is_up and _gpus_of_node(gres) >= gpus and wanted <= set(features.split(",")):
+            found.add(name)
+    return found
+
+
+def _gpus_of_node(gres: str) -> int:
+    """GPUs in what sinfo says of a node, as `gpu:h100:8(S:0-1),craynetwork:4`."""
+    return sum(int(count) for count in re.findall(r"(?:^|,)gpu(?::[^:,()]+)?:(\d+)", gres))
+
+
+def _features(constraint: str | None) -> set[str]:
+    """Features that every node must have; of a constraint with more than `&`, none: sbatch is asked about that."""
+    return set(constraint.split("&")) if constraint and re.fullmatch(r"[\w.-]+(&[\w.-]+)*", constraint) else set()
 
 
 def _test(plan: Plan) -> Finding:
@@ -165,25 +188,29 @@ def _test(plan: Plan) -> Finding:
     return Finding("sbatch", "ok", f"accepted; expected start {max(start)}" if start else told.strip())
 
 
-def _gpus(options: Directives) -> int:
-    """GPUs per node that a component asks for."""
-    for name in ("gpus-per-node", "gres", "gpus-per-task", "gpus"):
-        if name in options and (found := _GPUS.search(options[name] or "")):
-            count = int(found[1])
-            return -(-count // int(options["nodes"] or 1)) if name == "gpus" else count
-    return 0
-
-
 def _cost(components: list[Directives], partitions: Partitions) -> Finding:
     hours = 0.0
     node_hours = 0.0
     for options in components:
-        fields = partitions.get(_names(options)[0], {})
-        limit = minutes(
-            options.get("time") or components[0].get("time") or _set(fields.get("DefaultTime")) or "UNLIMITED"
-        )
+        limit = _limit(options, components, partitions)
         node_hours += int(options["nodes"] or 0) * limit / 60
-        hours += int(options["nodes"] or 0) * _gpus(options) * limit / 60
+        hours += int(options["nodes"] or 0) * gpus_per_node(options) * limit / 60
     if node_hours == float("inf"):
         return Finding("cost", "warning", "there is no time limit")
     return Finding("cost", "ok", f"{hours:g} GPU-hours, {node_hours:g} node-hours at the time limit")
+
+
+def _others(components: list[Directives], partitions: Partitions) -> Iterator[Finding]:
+    """Whether jobs of other users may run on the same nodes."""
+    shared = [
+        partitions[_names(options)[0]]["PartitionName"]
+        for options in components
+        if "exclusive" not in options and partitions.get(_names(options)[0], {}).get("OverSubscribe") != "EXCLUSIVE"
+    ]
+    if shared:
+        where = " and ".join(dict.fromkeys(shared))
+        detail = (
+            f"other users' jobs may run on the nodes of {where} that this job gets: they would reach NeMo Gym's "
+            "servers, on loopback and without authentication. Set cluster.slurm.exclusive: true where that matters."
+        )
+        yield Finding("node sharing", "warning", detail)

@@ -27,7 +27,7 @@ def submit(
 
 
 def submit_prepared(request: Request) -> HpcgymJob:
-    """Submits what `prepare` gave. Raises UserError when a job on this machine has no runtimes to run in."""
+    """Submits what `prepare` gave. Raises UserError when it has no runtimes to run in."""
     refuse_missing_runtimes(request.plan)
     # Late, for they cost more than everything that a dry run imports.
     from submitit.core.utils import DelayedSubmission
@@ -41,18 +41,12 @@ def submit_prepared(request: Request) -> HpcgymJob:
 
 
 def refuse_missing_runtimes(plan: Plan) -> None:
-    """Raises UserError when a job on this machine has no runtimes to run in.
-
-    A job elsewhere may see what this machine does not: `hpc-gym check` looks at its runtimes.
-    """
-    if plan.launch.kind != "local":
-        return
+    """Raises UserError when a job has no runtimes to run in: they are built before, never inside one."""
     from hpc_gym.errors import UserError
-    from hpc_gym.jobs.check import missing_of
+    from hpc_gym.jobs.check import missing_runtimes
 
-    missing = {name: what for name, runtime in plan.runtimes.items() if (what := missing_of(runtime))}
-    if missing:
-        raise UserError("\n".join(f"runtime {name}: {what}" for name, what in missing.items()))
+    if missing := missing_runtimes(plan):
+        raise UserError("\n".join(missing))
 
 
 def run(*overrides: str) -> dict[str, Any]:

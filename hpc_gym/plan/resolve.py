@@ -20,15 +20,19 @@ from hpc_gym.plan import plan as frozen
 from hpc_gym.plan.batch import Batch, batch_of
 from hpc_gym.plan.checks import ranks_per_node, replicas_of, role_problems
 from hpc_gym.plan.findings import Findings
-from hpc_gym.plan.judge import judge_processes, judge_servers, judge_settings, secret_names
+from hpc_gym.plan.judge import judge_settings, secret_names
 from hpc_gym.plan.launch import launch
-from hpc_gym.plan.nemo_gym import API_KEY, Gym, Served, node_config
+from hpc_gym.plan.nemo_gym import Gym, Served
+from hpc_gym.plan.nodes import nodes, places
 from hpc_gym.plan.options import option_problems
-from hpc_gym.plan.processes import BASE, MODEL_NAME, Names, rollout_processes, train_processes
+from hpc_gym.plan.processes import BASE, MODEL_NAME, Names
 from hpc_gym.plan.settings import deepspeed_config, grpo_fields
 
 Paths = Mapping[KeyPath, str]
 """Keys that name files, and what they mean: absolute."""
+
+_NO_BATCH = Batch(world_size=0, prompts_per_step=0, steps_per_cycle=1, max_steps=0)
+"""In an outline whose batch sizes do not go together."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,17 @@ class Resolved(Described):
 
 
 class NotReadyError(UserError):
-    """What a well-formed experiment asks for is not there, or does not go together; `described` can still be shown."""
+    """What a well-formed experiment asks for is not there, or does not go together.
 
-    def __init__(self, text: str, problems: Sequence[Problem], described: Described) -> None:
+    `described` can still be shown; `outline` is as much of the Plan as there is, its nodes without processes: enough
+    to look at the rest of what the job would meet.
+    """
+
+    def __init__(self, text: str, problems: Sequence[Problem], described: Described, outline: frozen.Plan) -> None:
         super().__init__(text)
         self.problems = tuple(problems)
         self.described = described
+        self.outline = outline
 
 
 def plan_for(experiment: str | Path, overrides: Sequence[str] = (), cluster: str | None = None) -> frozen.Plan:
@@ -110,34 +119,32 @@ def _resolve(composed: Composed, experiment: Experiment) -> Resolved:
     served = found.environments()
     train = found.sources(gym, "train", experiment.data.train, served)
     held_out = found.sources(gym, "eval", experiment.data.eval, served)
-    try:
-        refuse(found.problems, composed.provenance)
-    except UserError as error:
-        raise NotReadyError(
-            str(error), found.problems, Described(experiment, composed.provenance, found.paths)
-        ) from None
-    assert batch is not None
-
     # Relative to where the user submits, whichever cluster profile says it.
     runs_dir = (Path.cwd() / Path(experiment.cluster.runs_dir).expanduser()).resolve()
     run_dir = str(runs_dir / experiment.name)
     found.paths["cluster", "runs_dir"] = str(runs_dir)
-    nodes = _nodes(experiment, names, model, judge, ranks, runtimes, served)
+    ready = not found.problems
+    job = nodes(experiment, names, model, judge, runtimes, served) if ready else places(experiment)
     plan = frozen.Plan(
         name=experiment.name,
         run_dir=run_dir,
         seed=experiment.seed,
         python=runtimes[BASE].python,
-        nodes=nodes,
+        nodes=job,
         runtimes=runtimes,
         environments=_environments(experiment, served),
         rollout=_rollout_settings(experiment, judge),
-        training=_training(experiment, batch, model, train, held_out, run_dir),
+        training=_training(experiment, batch or _NO_BATCH, model, train, held_out, run_dir),
         launch=launch(experiment),
         supervision=_supervision(experiment),
         env={"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", **experiment.cluster.env},
         secrets=secret_names(experiment),
     )
+    try:
+        refuse(found.problems, composed.provenance)
+    except UserError as error:
+        described = Described(experiment, composed.provenance, found.paths)
+        raise NotReadyError(str(error), found.problems, described, plan) from None
     return Resolved(experiment, composed.provenance, found.paths, plan)
 
 
@@ -145,13 +152,14 @@ def _environments(experiment: Experiment, served: Mapping[str, Served]) -> tuple
     return tuple(
         frozen.Environment(name, served[name].agent, served[name].config_paths, each.timeout_s, each.max_attempts)
         for name, each in experiment.environments.items()
+        if name in served
     )
 
 
 def _rollout_settings(experiment: Experiment, judge: str | None) -> frozen.RolloutSettings:
     return frozen.RolloutSettings(
         model_name=MODEL_NAME,
-        max_model_len=experiment.vllm["max_model_len"],
+        max_model_len=experiment.vllm.get("max_model_len", 0),
         max_concurrent=experiment.rollouts.max_concurrent,
         replicas=replicas_of(experiment),
         judge=judge_settings(experiment, judge),
@@ -170,44 +178,6 @@ def _literal(value: Any) -> Any:
 def _runtime_names(experiment: Experiment) -> Names:
     chosen, device = experiment.runtimes, experiment.runtimes.device
     return Names(chosen.inference or f"inference-{device}", chosen.gym, chosen.train or f"train-{device}")
-
-
-def _nodes(
-    experiment: Experiment,
-    names: Names,
-    model: str,
-    judge: str | None,
-    ranks: int,
-    runtimes: Mapping[str, frozen.Runtime],
-    served: Mapping[str, Served],
-) -> tuple[frozen.Node, ...]:
-    """Rollout nodes first: the coordinator is on a node that no checkpoint is written from."""
-    paths = list(dict.fromkeys(path for each in served.values() for path in each.config_paths))
-    config = [environment.config for environment in experiment.environments.values()]
-    asked = {name for each in served.values() for name in each.asks}
-    defined = {name for each in served.values() for name in each.instances}
-    judged = judge_servers(experiment.judge, asked - defined, API_KEY)
-    text = node_config(config, f"{runtimes[names.gym].folder}/servers", MODEL_NAME, judged)
-    rollout = experiment.nodes.rollout
-    separate = len(launch(experiment).components) > 1
-    nodes = [
-        frozen.Node(
-            index,
-            "rollout",
-            index,
-            0,
-            (
-                *judge_processes(experiment, names, judge),
-                *rollout_processes(experiment, names, index, model, replicas_of(experiment), text, paths),
-            ),
-        )
-        for index in range(rollout)
-    ]
-    nodes += [
-        frozen.Node(rollout + index, "train", index, int(separate), train_processes(experiment, names, index, ranks))
-        for index in range(experiment.nodes.train)
-    ]
-    return tuple(nodes)
 
 
 def _training(

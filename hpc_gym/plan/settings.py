@@ -17,7 +17,7 @@ def grpo_fields(experiment: Experiment) -> dict[str, Any]:
     dtype = experiment.model.dtype
     return {
         # The longest completion there can be; TRL divides by it in some losses.
-        "max_completion_length": experiment.vllm["max_model_len"],
+        "max_completion_length": experiment.vllm.get("max_model_len"),
         **experiment.grpo,
         "model_init_kwargs": {**(experiment.grpo.get("model_init_kwargs") or {}), "dtype": dtype},
         "bf16": dtype == "bfloat16",

@@ -10,7 +10,7 @@ from small_project import Project, project
 from hpc_gym.cli.main import run
 from hpc_gym.errors import UserError
 from hpc_gym.jobs.check import Finding, check_experiment
-from hpc_gym.jobs.slurm_check import minutes
+from hpc_gym.jobs.slurm_values import minutes
 
 __all__ = ["project"]
 
@@ -44,6 +44,51 @@ def test_too_little_room_for_the_checkpoints_is_found(project: Project, monkeypa
     with (project.folder / "model" / "model.safetensors").open("r+b") as weights:
         weights.truncate(shutil.disk_usage(project.folder).free)
     assert found(check_experiment(project.write()), "room").status == "failed"
+
+
+def test_what_is_missing_hides_nothing_of_the_rest(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    (project.folder / "mcqa.jsonl").unlink()
+    shutil.rmtree(project.folder / "model")
+    findings = check_experiment(project.write(), ["cluster.kind=slurm", "checkpoints.every=0", "nodes.train=5"])
+    failed = {each.check for each in findings if each.status == "failed"}
+    assert failed >= {"model", "training data", "experiment", "slurm"}
+    assert "small.yaml:" in found(findings, "model").detail
+    assert "mcqa.jsonl" in found(findings, "training data").detail
+    assert [each.detail[:20] for each in findings if each.status == "ok" and each.check == "training data"] == [
+        "reasoning_gym: 2 row"
+    ]
+    assert found(findings, "room").status == "ok"
+
+
+def test_a_hub_model_that_only_this_shell_would_find_is_found(
+    project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub home"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    wanted = ["cluster.kind=slurm", "model.path=org/name"]
+    absent = found(check_experiment(project.write(), wanted), "model")
+    assert absent.status == "failed"
+    assert "hf download org/name" in absent.detail
+    snapshot = tmp_path / "hub home" / "hub" / "models--org--name" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    here_only = found(check_experiment(project.write(), wanted), "model")
+    assert here_only.status == "failed"
+    assert "set cluster.env.HF_HOME" in here_only.detail
+    named = [*wanted, f"cluster.env.HF_HOME={tmp_path / 'hub home'}"]
+    assert found(check_experiment(project.write(), named), "model").status == "ok"
+
+
+def test_what_lies_on_this_machine_alone_is_told(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpc_gym.jobs.storage_check._NODE_LOCAL_FOLDERS", (str(project.folder.parent),))
+    monkeypatch.setattr("hpc_gym.jobs.storage_check._NODE_LOCAL_TYPES", ())
+    seen = found(check_experiment(project.write(), ["cluster.kind=slurm"]), "seen by the nodes")
+    assert seen.status == "warning"
+    assert str(project.folder / "model") in seen.detail
+    assert found(check_experiment(project.write(), ["cluster.kind=slurm"]), "run directory").status == "warning"
+    assert not any(each.check == "seen by the nodes" for each in check_experiment(project.write()))
 
 
 def test_without_slurm_a_slurm_job_cannot_be_checked_further(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
