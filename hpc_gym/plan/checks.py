@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from hpc_gym.config.problems import Problem, nearest
+from hpc_gym.config.provenance import KeyPath
 from hpc_gym.config.schema import Experiment
+from hpc_gym.config.secret_names import ADVICE, is_secret, set_by
 from hpc_gym.errors import UserError
 from hpc_gym.plan.judge import judge_problems
 from hpc_gym.plan.processes import gpus_of_judge
@@ -33,6 +35,7 @@ def role_problems(experiment: Experiment) -> list[Problem]:
         *_evaluation(experiment),
         *_weights(experiment),
         *_containers(experiment),
+        *_secrets(experiment),
     ]
 
 
@@ -120,12 +123,6 @@ def _parts_of_model(folder: Path) -> Mapping[str, bool]:
 
 
 def _reserved(experiment: Experiment) -> Iterable[Problem]:
-    if experiment.nodes.environment:
-        yield Problem(
-            ("nodes", "environment"),
-            "nodes of their own for environments are reserved and not served yet: NeMo Gym runs on the rollout "
-            "nodes (set 0).",
-        )
     if experiment.max_staleness:
         yield Problem(
             ("max_staleness",),
@@ -243,3 +240,19 @@ def _containers(experiment: Experiment) -> Iterable[Problem]:
         yield Problem(
             ("cluster", "runtime", "modules"), "is empty, but kind modules loads environment modules: list them."
         )
+
+
+def _secrets(experiment: Experiment) -> Iterable[Problem]:
+    """Secrets that are written where everybody reads them: the Plan, or the job script."""
+    cluster = experiment.cluster
+    sections: list[tuple[KeyPath, Mapping[str, str]]] = [(("cluster", "env"), cluster.env)]
+    sections += [(("cluster", "role_env", role), variables) for role, variables in cluster.role_env.items()]
+    for path, variables in sections:
+        for name in variables:
+            if is_secret(name) or name in experiment.secrets:
+                yield Problem((*path, name), f"would stand in plan.json, where others read it: {ADVICE}.")
+    for index, line in enumerate(cluster.setup):
+        for name in set_by(line):
+            yield Problem(
+                ("cluster", "setup", index), f"would show {name} in the job script, where others read it: {ADVICE}."
+            )

@@ -1,19 +1,21 @@
-"""The judge: a frozen model that verifies. Its vLLM, or the address outside, is known to the rollout server alone;
-NeMo Gym asks that on loopback, for what NeMo Gym knows stands on command lines.
+"""The judge: a frozen model that verifies. Its vLLM, or the address outside, is known to the rollout servers and the
+environment servers alone; NeMo Gym asks the one of its node on loopback, for what NeMo Gym knows stands on command
+lines.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from hpc_gym.config.problems import Problem
 from hpc_gym.config.schema import Experiment
 from hpc_gym.config.schema import Judge as Section
 from hpc_gym.plan.plan import Judge, Probe, Process
-from hpc_gym.plan.processes import Names, gpus_of_judge, role_env, vllm_env, vllm_flags, with_defaults
+from hpc_gym.plan.processes import BASE, Names, gpus_of_judge, role_env, vllm_env, vllm_flags, with_defaults
+from hpc_gym.plan.spread import gpus_of
 
 SERVED_NAME = "judge"
 """What the judge's vLLM calls its model."""
@@ -24,15 +26,27 @@ _ONLY_OUTSIDE = ("model_name", "api_key_env")
 
 def judge_problems(experiment: Experiment) -> Iterable[Problem]:
     """What is wrong with the section `judge` and `nodes.judge`."""
-    judge = experiment.judge
-    if experiment.nodes.judge or (judge is not None and judge.placement == "nodes"):
+    judge, nodes = experiment.judge, experiment.nodes.judge
+    apart = judge is not None and judge.placement == "nodes"
+    if nodes and not apart:
+        what = "there is no section judge" if judge is None else "judge.placement is rollout"
         yield Problem(
-            ("nodes", "judge") if experiment.nodes.judge else ("judge", "placement"),
-            "nodes of its own for the judge are reserved and not served yet: leave nodes.judge at 0 and "
-            "judge.placement at rollout (GPUs of the rollout nodes), or set judge.url to a judge that runs elsewhere.",
+            ("nodes", "judge"),
+            f"{nodes} nodes for the judge, but {what}: set judge.model and judge.placement to nodes, or this to 0.",
         )
     if judge is None:
         return
+    if apart and judge.url is not None:
+        yield Problem(("judge", "placement"), "belongs to judge.model; judge.url runs elsewhere: take one away.")
+    elif apart and not nodes:
+        yield Problem(
+            ("judge", "placement"), "nodes gives the judge nodes of its own, but nodes.judge is 0: say how many."
+        )
+    elif apart and experiment.runtimes.device == "cuda" and gpus_of(judge.vllm) > experiment.gpus_per_node:
+        yield Problem(
+            ("judge", "vllm"),
+            f"the judge takes {gpus_of(judge.vllm)} GPUs, but a node has {experiment.gpus_per_node} (gpus_per_node).",
+        )
     if (judge.model is None) == (judge.url is None):
         yield Problem(
             ("judge",),
@@ -101,28 +115,67 @@ def judge_servers(judge: Section | None, instances: Iterable[str], api_key: str)
     }
 
 
+def judge_endpoints(experiment: Experiment, role: Literal["rollout", "environment"]) -> str | None:
+    """Where the server of such a node finds the judge, as a placeholder; None where it is on that node, or outside."""
+    judge = experiment.judge
+    if judge is None or judge.model is None:
+        return None
+    if judge.placement == "nodes":
+        return "{endpoints:judge}"
+    return "{endpoints:rollout}" if role == "environment" else None
+
+
 def judge_processes(experiment: Experiment, names: Names, model: str | None) -> tuple[Process, ...]:
-    """The judge's vLLM on a rollout node: without dev mode, on a socket that only we can reach. None for an address
-    outside.
-    """
-    if experiment.judge is None or model is None:
+    """The judge on a rollout node, which has the last GPUs; nothing where it is elsewhere."""
+    if experiment.judge is None or model is None or experiment.judge.placement == "nodes":
         return ()
-    options = {"seed": experiment.seed, "disable_uvicorn_access_log": True, **experiment.judge.vllm}
     last = experiment.gpus_per_node
+    return (_vllm(experiment, experiment.judge, names, model, range(last - gpus_of_judge(experiment), last)),)
+
+
+def judge_node_processes(
+    experiment: Experiment, names: Names, index: int, model: str | None
+) -> tuple[Process, Process]:
+    """The judge on judge node `index`, and the server before it."""
+    assert experiment.judge is not None and model is not None, "judge_problems refuses nodes without a judge"
+    endpoint = f"judge-{index}"
+    argv = (
+        *("{python}", "-m", "hpc_gym.rollout.judge_server", "--run-dir", "{run_dir}", "--node", "{node}"),
+        *("--fd", f"{{fd:{endpoint}}}", "--private-dir", "{private_dir}", "--secrets", "{secrets}"),
+    )
+    server = Process(
+        name="judge-server",
+        role="judge",
+        kind="service",
+        runtime=BASE,
+        argv=argv,
+        env=role_env(experiment, "judge", {}),
+        listen=(endpoint,),
+        ready=Probe(kind="notify"),
+        ready_within_s=experiment.supervision.vllm_ready_s,
+        alive_within_s=experiment.supervision.alive_s,
+        restarts=experiment.supervision.restarts,
+    )
+    gpus = range(gpus_of(experiment.judge.vllm))
+    return (_vllm(experiment, experiment.judge, names, model, gpus), server)
+
+
+def _vllm(experiment: Experiment, judge: Section, names: Names, model: str, gpus: range) -> Process:
+    """The judge's vLLM: without dev mode, on a socket that only we can reach."""
+    options = {"seed": experiment.seed, "disable_uvicorn_access_log": True, **judge.vllm}
     argv = (
         *("vllm", "serve", model, "--uds", f"{{private_dir}}/{SOCKET}", "--served-model-name", SERVED_NAME),
         *vllm_flags(with_defaults(experiment, options)),
     )
-    process = Process(
+    return Process(
         name="judge",
         role="judge",
         kind="service",
         runtime=names.inference,
         argv=argv,
-        env=role_env(experiment, "judge", vllm_env(experiment, range(last - gpus_of_judge(experiment), last))),
+        env=role_env(experiment, "judge", vllm_env(experiment, gpus)),
         ready=Probe(kind="http", target=SOCKET, path="/health"),
         ready_within_s=experiment.supervision.vllm_ready_s,
         alive_within_s=experiment.supervision.alive_s,
         restarts=experiment.supervision.restarts,
     )
-    return (process,)

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hpc_gym.config.schema import Experiment
-from hpc_gym.plan.nemo_gym import POLICY_CONFIG
-from hpc_gym.plan.plan import ConfigFile, Probe, Process
+from hpc_gym.plan.plan import Probe, Process
 from hpc_gym.plan.spread import gpus_of, gpus_per_replica, master, node_flags, nodes_of
 from hpc_gym.runtimes.options import table
 
@@ -44,20 +43,21 @@ def rollout_processes(
     index: int,
     model: str,
     replicas: int,
-    gym_yaml: str,
-    config_paths: Sequence[str],
+    gym: Sequence[Process],
+    flags: Sequence[str],
 ) -> tuple[Process, ...]:
-    """vLLM replicas, NeMo Gym and the rollout server of rollout node `index`. All start at once.
+    """vLLM replicas, NeMo Gym where it is here, and the rollout server of rollout node `index`. All start at once.
 
-    Of a vLLM over several nodes the first one has all of this, the others a share of vLLM.
+    `flags`: of the rollout server, where it finds NeMo Gym and the judge. Of a vLLM over several nodes the first one
+    has all of this, the others a share of vLLM.
     """
     group, part = divmod(index, nodes_of(experiment.vllm))
     if part:
         return (_vllm(experiment, names, 0, model, group, part),)
     return (
         *(_vllm(experiment, names, replica, model, group) for replica in range(replicas)),
-        _gym(experiment, names, gym_yaml, config_paths),
-        _rollout_server(experiment, group),
+        *gym,
+        _rollout_server(experiment, group, flags),
     )
 
 
@@ -129,9 +129,9 @@ def with_defaults(experiment: Experiment, options: Mapping[str, Any]) -> dict[st
 
 
 def gpus_of_judge(experiment: Experiment) -> int:
-    """GPUs of each rollout node that the judge takes."""
+    """GPUs of each rollout node that the judge takes; none where it has nodes of its own."""
     judge = experiment.judge
-    return gpus_of(judge.vllm) if judge is not None and judge.model is not None else 0
+    return gpus_of(judge.vllm) if judge is not None and judge.model and judge.placement == "rollout" else 0
 
 
 def _vllm(experiment: Experiment, names: Names, replica: int, model: str, group: int, part: int = 0) -> Process:
@@ -174,6 +174,8 @@ def vllm_env(experiment: Experiment, gpus: range, address: str = _LOOPBACK) -> d
     """The environment of any vLLM, which has these GPUs of its node and listens on `address` for its own parts."""
     env = {
         **_network_env(),
+        # Of its many groups, those among its own processes need nothing of the network.
+        **({"GLOO_SOCKET_IFNAME": "lo", "HPC_GYM_INTERFACE": "{interface}"} if address == _LOOPBACK else {}),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_HOST_IP": address,
         "VLLM_RPC_BASE_PATH": "{private_dir}",
@@ -185,49 +187,11 @@ def vllm_env(experiment: Experiment, gpus: range, address: str = _LOOPBACK) -> d
     return env | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
 
 
-def _gym(experiment: Experiment, names: Names, text: str, config_paths: Sequence[str]) -> Process:
-    own = "{attempt_dir}/gym/{node}.yaml"
-    # Later configurations win: ours comes last. Quoted as Hydra's override grammar wants it.
-    paths = ",".join(f"'{path}'" for path in (POLICY_CONFIG, *config_paths, own))
-    env = {
-        # Ray binds to loopback only with this switch (ray 2.60); its sockets need a short path.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_TMPDIR": "{private_dir}",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # Whoever reaches Ray's port without a token runs code as this user. By itself Ray (2.60) keeps its token in
-        # the home directory, readable by others, one for all jobs.
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": "{private_dir}/token",
-    }
-    argv = (
-        *("gym", "env", "start", f"+config_paths=[{paths}]"),
-        # Hydra writes a folder of its own wherever it is started.
-        *("hydra.run.dir={private_dir}/hydra", "hydra.output_subdir=null"),
-    )
-    return Process(
-        name="gym",
-        role="rollout",
-        kind="service",
-        runtime=names.gym,
-        argv=argv,
-        env=role_env(experiment, "rollout", env),
-        files=(ConfigFile(own, text),),
-        ports=("gym-head", "gym*100"),
-        ready=Probe(kind="gym", target="gym-head"),
-        ready_within_s=experiment.supervision.gym_ready_s,
-        alive_within_s=experiment.supervision.alive_s,
-        restarts=experiment.supervision.restarts,
-        # Its servers have nothing to save, and `gym env start` (0.4.0) takes any grace whole.
-        stop_grace_s=1.0,
-    )
-
-
-def _rollout_server(experiment: Experiment, index: int) -> Process:
+def _rollout_server(experiment: Experiment, index: int, flags: Sequence[str]) -> Process:
     endpoint = f"rollout-{index}"
     argv = (
         *("{python}", "-m", "hpc_gym.rollout.server", "--run-dir", "{run_dir}", "--node", "{node}"),
-        *("--fd", f"{{fd:{endpoint}}}", "--policy-port", "{port:policy}", "--gym-port", "{port:gym-head}"),
-        *("--private-dir", "{private_dir}", "--secrets", "{secrets}"),
+        *("--fd", f"{{fd:{endpoint}}}", *flags, "--private-dir", "{private_dir}", "--secrets", "{secrets}"),
     )
     return Process(
         name="rollout-server",
@@ -236,7 +200,7 @@ def _rollout_server(experiment: Experiment, index: int) -> Process:
         runtime=BASE,
         argv=argv,
         env=role_env(experiment, "rollout", {}),
-        ports=("policy",),
+        ports=("policy",) if "{port:policy}" in flags else (),
         listen=(endpoint,),
         ready=Probe(kind="notify"),
         # It is ready when vLLM and NeMo Gym are, so it may take as long as the slower one.

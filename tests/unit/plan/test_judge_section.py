@@ -132,7 +132,11 @@ def test_without_a_judge_the_environment_is_refused_with_what_to_write(judged: P
         ("{model: nowhere}", "judge.model: there is no folder"),
         ("{model: judge, model_name: big}", "judge.model_name: belongs to judge.url"),
         ("{model: judge, api_key_env: KEY}", "judge.api_key_env: belongs to judge.url"),
-        ("{model: judge, placement: nodes}", "judge.placement: nodes of its own for the judge are reserved"),
+        (
+            "{model: judge, placement: nodes}",
+            "judge.placement: nodes gives the judge nodes of its own, but nodes.judge",
+        ),
+        ("{url: https://a.example/v1, model_name: big, placement: nodes}", "judge.placement: belongs to judge.model"),
         ("{model: judge, placement: node}", "judge.placement: 'node' is not allowed; allowed: 'rollout' or 'nodes'"),
         ("{model: judge, vllm: {port: 1}}", "judge.vllm.port: hpc-gym owns this option: the judge's vLLM listens on"),
         ("{model: judge, vllm: {max_modl_len: 1}}", "judge.vllm.max_modl_len: `vllm serve` has no such option; did"),

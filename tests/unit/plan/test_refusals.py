@@ -68,8 +68,7 @@ CUDA = "runtimes: {device: cuda, inference: inference-cpu, train: train-cpu}\n"
         (["vllm.max_model_len=null"], "vllm: max_model_len is missing"),
         # roles
         (["gpus_per_node=2"], "gpus_per_node: 2 GPUs, but runtimes.device is cpu"),
-        (["nodes.judge=1"], "nodes.judge: nodes of its own for the judge are reserved"),
-        (["nodes.environment=1"], "nodes.environment: nodes of their own for environments are reserved"),
+        (["nodes.judge=1"], "nodes.judge: 1 nodes for the judge, but there is no section judge: set judge.model and"),
         (["weights.transfer=nccl"], "weights.transfer: 'nccl' needs GPUs"),
         (["weights.transfer=adapter"], "weights.transfer: 'adapter' is reserved"),
         (["runtimes.gym=gmy"], "runtimes.gym: runtime 'gmy' does not exist; the runtimes are: "),
@@ -296,3 +295,17 @@ def test_any_environment_of_nemo_gym_is_added_by_its_path_alone(project: Project
     path = "resources_servers/example_multi_step/configs/example_multi_step.yaml"
     plan = project.plan(more=f"environments: {{mine: {{config_paths: [{path}]}}}}\n")
     assert plan.environments[-1].agent == "example_multi_step_simple_agent"
+
+
+def test_secrets_are_not_written_where_others_read_them(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_API_KEY", "planted")
+    for override in (
+        "cluster.env.HF_TOKEN=planted",
+        "cluster.role_env.rollout.MY_API_KEY=planted",
+        "cluster.setup=['export WANDB_API_KEY=planted']",
+        "tracking.wandb.entity='${oc.env:MY_API_KEY}'",
+    ):
+        said = project.refused(override, more="tracking: {wandb: {project: x}}\n")
+        assert "name it under secrets" in said
+        assert "others read it" in said
+    project.plan("cluster.env.HF_TOKEN_PATH=/home/me/token", "cluster.setup=['export HF_HOME=/data MY_API_KEY=']")
