@@ -7,6 +7,7 @@ from typing import Any
 
 from hpc_gym.config.problems import Problem, nearest
 from hpc_gym.config.provenance import KeyPath
+from hpc_gym.config.secret_names import ADVICE, read_by
 
 
 def interpolate(tree: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
@@ -21,7 +22,7 @@ def interpolate(tree: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    problems = _unreadable(tree, paths)
+    problems = [*_unreadable(tree, paths), *_secret(tree, paths)]
     if problems:
         return tree, problems
     lazy = OmegaConf.create(tree)
@@ -49,9 +50,7 @@ def _unreadable(tree: dict[str, Any], paths: list[KeyPath]) -> list[Problem]:
 
     problems = []
     for path in paths:
-        text: Any = tree
-        for part in path:
-            text = text[part]
+        text = _at(tree, path)
         try:
             OmegaConf.create({"value": text})
         except GrammarParseError:
@@ -59,6 +58,21 @@ def _unreadable(tree: dict[str, Any], paths: list[KeyPath]) -> list[Problem]:
                 Problem(path, f"'{text}' is no interpolation: write ${{KEY}}, or \\${{ for text that holds '${{'.")
             )
     return problems
+
+
+def _secret(tree: dict[str, Any], paths: list[KeyPath]) -> list[Problem]:
+    """Values of secret variables, which would stand in the run directory for everybody to read."""
+    return [
+        Problem(path, f"would write the value of {name} into the run directory, where others read it: {ADVICE}.")
+        for path in paths
+        for name in read_by(_at(tree, path))
+    ]
+
+
+def _at(tree: Any, path: KeyPath) -> Any:
+    for part in path:
+        tree = tree[part]
+    return tree
 
 
 def _interpolated(value: Any, path: KeyPath) -> list[KeyPath]:

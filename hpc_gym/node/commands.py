@@ -9,7 +9,7 @@ from pathlib import Path
 from hpc_gym.node import tree
 from hpc_gym.node.context import NodeContext
 from hpc_gym.node.engines import Place, entered
-from hpc_gym.node.environment import process_environment
+from hpc_gym.node.environment import process_environment, secrets_of
 from hpc_gym.node.placeholders import Values
 from hpc_gym.node.process import Command
 from hpc_gym.plan.plan import Process
@@ -36,7 +36,8 @@ def command(context: NodeContext, spec: Process, values: Values) -> Command:
         "HPC_GYM_NODE": context.node.name,
         tree.MARKER: context.process_marker(spec.name),
     }
-    environment = process_environment(context.plan, os.environ, context.secrets.env, own)
+    secrets = secrets_of(context.plan, spec.role, context.secrets.env)
+    environment = process_environment(context.plan, os.environ, secrets, own)
     argv = tuple(values.fill(text, python) for text in spec.argv)
     if runtime is not None:
         argv, environment = entered(runtime, argv, environment, _place(context))

@@ -43,6 +43,19 @@ def process_environment(
     return {**kept, "PYTHONUNBUFFERED": "1", **plan.env, **own, **secrets}
 
 
+def secrets_of(plan: Plan, role: str, secrets: Mapping[str, str]) -> dict[str, str]:
+    """Those of the attempt's secrets that a process of this role has any use for.
+
+    Environments run what a model asks for: W&B's key is the trainers' alone, and the judge's that of the servers which
+    read it from the secrets file.
+    """
+    judge = plan.rollout.judge
+    kept_back = {judge.api_key_env} if judge is not None else set()
+    if role != "train":
+        kept_back.add("WANDB_API_KEY")
+    return {name: value for name, value in secrets.items() if name not in kept_back}
+
+
 def _cache(inherited: Mapping[str, str]) -> str:
     """The folder that hpc-gym keeps what can be made again in, runtimes among it."""
     home = inherited.get("XDG_CACHE_HOME") or str(Path(inherited.get("HOME") or Path.home()) / ".cache")

@@ -295,17 +295,3 @@ def test_any_environment_of_nemo_gym_is_added_by_its_path_alone(project: Project
     path = "resources_servers/example_multi_step/configs/example_multi_step.yaml"
     plan = project.plan(more=f"environments: {{mine: {{config_paths: [{path}]}}}}\n")
     assert plan.environments[-1].agent == "example_multi_step_simple_agent"
-
-
-def test_secrets_are_not_written_where_others_read_them(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MY_API_KEY", "planted")
-    for override in (
-        "cluster.env.HF_TOKEN=planted",
-        "cluster.role_env.rollout.MY_API_KEY=planted",
-        "cluster.setup=['export WANDB_API_KEY=planted']",
-        "tracking.wandb.entity='${oc.env:MY_API_KEY}'",
-    ):
-        said = project.refused(override, more="tracking: {wandb: {project: x}}\n")
-        assert "name it under secrets" in said
-        assert "others read it" in said
-    project.plan("cluster.env.HF_TOKEN_PATH=/home/me/token", "cluster.setup=['export HF_HOME=/data MY_API_KEY=']")

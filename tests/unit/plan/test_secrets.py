@@ -1,0 +1,27 @@
+"""Secrets that would stand in an experiment, a Plan or a job script are refused."""
+
+from __future__ import annotations
+
+import pytest
+from small_project import Project
+
+from hpc_gym.config.secret_names import is_secret
+
+
+def test_secrets_are_not_written_where_others_read_them(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_API_KEY", "planted")
+    for override in (
+        "cluster.env.HF_TOKEN=planted",
+        "cluster.role_env.rollout.MY_API_KEY=planted",
+        "cluster.setup=['export WANDB_API_KEY=planted']",
+        "tracking.wandb.entity='${oc.env:MY_API_KEY}'",
+    ):
+        said = project.refused(override, more="tracking: {wandb: {project: x}}\n")
+        assert "name it under secrets" in said
+        assert "others read it" in said
+    project.plan("cluster.env.HF_TOKEN_PATH=/home/me/token", "cluster.setup=['export HF_HOME=/data MY_API_KEY=']")
+
+
+def test_secrets_are_known_by_the_end_of_their_names() -> None:
+    assert all(map(is_secret, ("HF_TOKEN", "WANDB_API_KEY", "token", "DB_PASSWORD", "AWS_SECRET_ACCESS_KEY")))
+    assert not any(map(is_secret, ("TOKENIZERS_PARALLELISM", "HF_TOKEN_PATH", "MAX_TOKENS", "KEYBOARD", "SECRETS_DIR")))
