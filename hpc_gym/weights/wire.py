@@ -137,8 +137,9 @@ class TransferGroup:
     """A process group of the sender (rank 0) and all vLLM workers, apart from any group they have among themselves.
 
     `store` is the sender's `listening_store`, or a client's connection to it. Constructing it blocks until all members
-    have joined. gloo binds the address that this side reaches the store from, or the interface named by
-    `GLOO_SOCKET_IFNAME`: binding the sender's address, as a shared host name would, only works on one node.
+    have joined. gloo binds the interface named by `HPC_GYM_INTERFACE`, else by `GLOO_SOCKET_IFNAME`, else the address
+    that this side reaches the store from: binding the sender's address, as a shared host name would, only works on one
+    node.
     """
 
     def __init__(
@@ -227,7 +228,7 @@ def join_group(
 
 
 def _gloo_device(store: dist.TCPStore) -> Any:
-    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    interface = os.environ.get("HPC_GYM_INTERFACE") or os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     if interface:
         return dist.ProcessGroupGloo.create_device(interface=interface)
     return dist.ProcessGroupGloo.create_device(hostname=own_address(store.host, store.port))
