@@ -202,11 +202,11 @@ def _cost(components: list[Directives], partitions: Partitions) -> Finding:
 
 def _others(components: list[Directives], partitions: Partitions) -> Iterator[Finding]:
     """Whether jobs of other users may run on the same nodes."""
-    shared = [
-        partitions[_names(options)[0]]["PartitionName"]
-        for options in components
-        if "exclusive" not in options and partitions.get(_names(options)[0], {}).get("OverSubscribe") != "EXCLUSIVE"
-    ]
+    shared = []
+    for options in components:
+        fields = partitions.get(_names(options)[0], {})
+        if fields and "exclusive" not in options and fields.get("OverSubscribe") != "EXCLUSIVE":
+            shared.append(fields["PartitionName"])
     if shared:
         where = " and ".join(dict.fromkeys(shared))
         detail = (

@@ -51,9 +51,7 @@ def limit_findings(components: Sequence[Directives], times: Sequence[float]) -> 
         yield Finding("limits", "ok", told)
 
 
-def _beyond(
-    where: str, limits: dict[str, str], components: Sequence[Directives], times: Sequence[float]
-) -> list[str]:
+def _beyond(where: str, limits: dict[str, str], components: Sequence[Directives], times: Sequence[float]) -> list[str]:
     found = []
     if limits["MaxWall"] and max(times) > read_minutes(limits["MaxWall"]):
         found.append(f"{where} allows jobs of at most {limits['MaxWall']} (time)")
