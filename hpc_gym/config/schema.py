@@ -44,7 +44,9 @@ class Nodes(Section):
     rollout: _Positive
     train: _Positive
     judge: _Count = 0
+    """Where `judge.placement` is nodes."""
     environment: _Count = 0
+    """For NeMo Gym alone, without GPUs; 0: it runs on the rollout nodes."""
 
 
 class Environment(Section):
@@ -154,9 +156,9 @@ class Judge(Section):
     model: _Text | None = None
     """Folder, or name on the hub (then it must be in the cache: a job never downloads)."""
     vllm: dict[str, Any] = Field(default_factory=dict)
-    """Options of its `vllm serve` by their own names. Its GPUs are the last ones of each rollout node."""
+    """Options of its `vllm serve` by their own names."""
     placement: Literal["rollout", "nodes"] = "rollout"
-    """rollout: one on each rollout node; nodes: on nodes of its own."""
+    """rollout: one on each rollout node, on its last GPUs; nodes: one on each of `nodes.judge` nodes, on its first."""
     url: _Text | None = None
     """An OpenAI-compatible address (`https://HOST/v1`)."""
     model_name: _Text | None = None

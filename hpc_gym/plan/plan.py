@@ -174,17 +174,17 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Judge:
-    """A frozen model that verifies, as the rollout server finds it."""
+    """A frozen model that verifies."""
 
     model_name: str
     timeout_s: float
     """How long it may take for one answer."""
     url: str | None = None
-    """OpenAI-compatible address outside; None: a vLLM of this node, on `{private_dir}/judge.sock`."""
+    """OpenAI-compatible address outside; None: a vLLM of the job, on `{private_dir}/judge.sock` of its node."""
     api_key_env: str | None = None
     """Name of the secret that opens the address."""
     model: str | None = None
-    """Folder or hub name of what the vLLM of this node serves."""
+    """Folder or hub name of what the vLLM of the job serves."""
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,7 @@ class Plan:
     run_dir: str
     seed: int
     python: str
-    """Interpreter of the base runtime: supervisors and rollout servers."""
+    """Interpreter of the base runtime: supervisors, and the servers of hpc-gym."""
     nodes: tuple[Node, ...]
     runtimes: Mapping[str, Runtime]
     environments: tuple[Environment, ...]
