@@ -113,7 +113,7 @@ def _fill(folder: Path, request: Request) -> None:
     write_job(folder, request)
     (folder / "submitit").mkdir()
     source = snapshot(folder / "code")
-    (folder / "manifest.json").write_text(manifest(plan, request.argv, source))
+    (folder / "manifest.json").write_text(manifest(request, source))
     write_secrets(folder / "secrets", plan)
 
 

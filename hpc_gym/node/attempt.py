@@ -13,16 +13,20 @@ import secrets
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from hpc_gym.errors import UserError
 from hpc_gym.node.context import node_address, secrets_path
 from hpc_gym.node.ports import Ports
+from hpc_gym.node.record import record_attempt
 from hpc_gym.plan.plan import Plan
-from hpc_gym.protocol.attempt import Outcome
+from hpc_gym.protocol.attempt import RESERVE, Outcome
 from hpc_gym.protocol.secrets import Secrets, write_secrets
 
+_RESERVED = 1 << 18
+"""Bytes kept for the attempt's last words, should the file system be full by then."""
 SUBMITTED = "submitted.json"
 """In `RUN_DIR/secrets`: `{"env": {NAME: value}}`, 0600, written at submit, for every attempt of the job."""
 
@@ -35,17 +39,39 @@ def begin(run_dir: Path, environment: Mapping[str, str] = os.environ) -> dict[st
         plan = Plan.read(run_dir)
     except (OSError, ValueError) as error:
         raise UserError(f"{run_dir} is no run directory that can be started: plan.json: {error}") from None
-    attempt = _next_attempt(run_dir / "attempts")
-    (run_dir / "attempts" / str(attempt) / "logs").mkdir()
-    _point_latest(run_dir / "attempts", attempt)
-    # It tells of an attempt before this one; that attempt's directory keeps its copy.
-    (run_dir / "failure.json").unlink(missing_ok=True)
-    _make_secrets(plan, run_dir, attempt, environment)
+    try:
+        attempt = _make_directory(plan, run_dir, environment)
+    except OSError as error:
+        raise UserError(f"{run_dir} cannot be written to: {error.strerror}") from None
+    record_attempt(run_dir, attempt, environment)
     address, _ = node_address(plan)
     ports = Ports()
     port = ports.single()
     ports.release()
     return {"HPC_GYM_ATTEMPT": str(attempt), "HPC_GYM_COORDINATOR": f"{address}:{port}"}
+
+
+def _make_directory(plan: Plan, run_dir: Path, environment: Mapping[str, str]) -> int:
+    """Makes the directory of the next attempt and its secrets; returns the attempt's number."""
+    attempt = _next_attempt(run_dir / "attempts")
+    folder = run_dir / "attempts" / str(attempt)
+    (folder / "logs").mkdir()
+    # Not zeros: a file system that compresses would reserve nothing.
+    (folder / RESERVE).write_bytes(os.urandom(_RESERVED))
+    _note_beginning(run_dir, attempt, environment)
+    _point_latest(run_dir / "attempts", attempt)
+    # It tells of an attempt before this one; that attempt's directory keeps its copy.
+    (run_dir / "failure.json").unlink(missing_ok=True)
+    _make_secrets(plan, run_dir, attempt, environment)
+    return attempt
+
+
+def _note_beginning(run_dir: Path, attempt: int, environment: Mapping[str, str]) -> None:
+    """Writes the first event of the attempt: its nodes are allocated. The coordinator writes all others."""
+    head = {"time": time.time(), "attempt": attempt, "node": "", "role": "", "process": "", "event": "began"}
+    told = {"host": os.uname().nodename, "job_id": environment.get("HPC_GYM_JOB_ID", "")}
+    with (run_dir / "attempts" / str(attempt) / "events.jsonl").open("a") as file:
+        file.write(json.dumps(head | told) + "\n")
 
 
 def _has_ended(run_dir: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -126,6 +127,19 @@ def test_an_exported_secret_reaches_the_processes_and_nothing_else(
             assert path.stat().st_mode & 0o777 == 0o600
     assert "planted" not in run.cluster.slurm("scontrol", "show", "job", "-d", run.id)
     assert os.environ["WANDB_API_KEY"]
+
+
+def test_the_manifest_says_from_what_and_where_a_run_came(submit: Submit) -> None:
+    parts = ({"nodes": 1, "partition": "cpu"}, {"nodes": 1, "partition": "gpu"})
+    run = submit([service("server", FOREVER)], [task("rank-0", "pass")], components=parts)
+    run.freed()
+    manifest = json.loads((run.run_dir / "manifest.json").read_text())
+    version = run.cluster.slurm("sinfo", "--version").split()[-1]
+    assert (manifest["slurm"], manifest["attempts"]["1"]["slurm"]) == (version, version)
+    assert manifest["attempts"]["1"]["job"] == run.id
+    assert manifest["attempts"]["1"]["nodes"] == [run.host("rollout-0"), run.host("train-0")]
+    assert len(manifest["code"]["commit"]) == 40
+    assert manifest["code"]["dirty"] == bool(manifest["code"]["diff"])
 
 
 def test_what_slurm_has_forgotten_the_job_itself_remembers(submit: Submit) -> None:

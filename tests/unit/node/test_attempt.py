@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import shlex
 import stat
 import subprocess
@@ -70,6 +71,19 @@ def test_the_script_gets_exports_and_no_secret(run_dir: Path) -> None:
 def test_a_directory_without_a_plan_is_refused_with_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is no run directory that can be started: plan.json"):
         begin(tmp_path, {})
+
+
+def test_an_attempt_leaves_where_it_ran_in_the_manifest(run_dir: Path) -> None:
+    manifest = run_dir / "manifest.json"
+    manifest.write_text('{"name": "a", "attempts": {}}')
+    begin(run_dir, {"HPC_GYM_JOB_ID": "local-7"})
+    begin(run_dir, {"HPC_GYM_JOB_ID": "local-8"})
+    attempts = json.loads(manifest.read_text())["attempts"]
+    assert [(number, each["job"]) for number, each in attempts.items()] == [("1", "local-7"), ("2", "local-8")]
+    assert attempts["1"]["nodes"] == [platform.node()]
+    assert len(attempts["1"]["plan"]) == 64
+    manifest.write_text("{")
+    assert begin(run_dir, {})["HPC_GYM_ATTEMPT"] == "3"
 
 
 LOGIN_SHELL = {
