@@ -27,7 +27,7 @@ ALLOWED = frozenset({
 """From sbatch(1) of Slurm 24.11, without what `OWNED` holds and what submits another kind of job."""
 
 OWNED = {
-    "nodes": "hpc-gym counts them: set nodes.rollout and nodes.train (nodes.environment, nodes.judge)",
+    "nodes": "hpc-gym counts them: set nodes.rollout and nodes.train",
     "ntasks": "hpc-gym starts one supervisor per node",
     "ntasks-per-node": "hpc-gym starts one supervisor per node",
     "ntasks-per-gpu": "hpc-gym starts one supervisor per node",
