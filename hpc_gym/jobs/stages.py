@@ -66,7 +66,7 @@ def _services(plan: Plan, progress: AttemptProgress, now: float) -> list[Stage]:
     groups: dict[str, list[tuple[str, Process]]] = {}
     for node in plan.nodes:
         for process in node.processes:
-            kind = re.sub(r"-\d+$", "", process.name)
+            kind = re.sub(r"-(\d+|headless)$", "", process.name)
             groups.setdefault(kind, []).append((node.name, process))
     stages = []
     for kind, members in groups.items():
@@ -74,11 +74,11 @@ def _services(plan: Plan, progress: AttemptProgress, now: float) -> list[Stage]:
         ready = [each.ready for each in known if each.ready is not None]
         began = min((each.started for each in known if each.started is not None), default=None)
         ended = max(ready) if len(ready) == len(members) else None
-        said = next((each.text for each in known if each.text and each.ready is None), "")
-        count = f"{len(ready)}/{len(members)} ready"
-        restarts = sum(each.restarts for each in known)
-        detail = ", ".join(filter(None, [count, said, f"{restarts} restarts" if restarts else ""]))
-        stages.append(replace(_timed(_TITLES.get(kind, kind), began, ended, now), detail=detail))
+        title, restarts = _TITLES.get(kind, kind), sum(each.restarts for each in known)
+        words = [f"{len(ready)}/{len(members)} ready", *_counted(known)]
+        words += [_said(kind, each) for each in known if each.text and each.ready is None][:1]
+        words += [f"started again {restarts} time{'s' if restarts > 1 else ''}"] if restarts else []
+        stages.append(replace(_timed(title, began, ended, now), detail=", ".join(filter(None, words))))
     return stages
 
 

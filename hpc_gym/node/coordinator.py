@@ -4,9 +4,9 @@ It runs beside the supervisor of node rank 0, which talks to it over TCP like al
 with a `type`:
 
 * to the coordinator: `heartbeat`, `endpoints`, `event`, `ended` (a task ended well), `complained`, `failed`,
-  `saving`, `signal`, `unfit`, `released`;
-* from it: `heartbeat`, `ask` (for a heartbeat at once), `endpoints` (of all nodes), `checkpoint` (tasks save and
-  stop), `stop`, `end` (the outcome).
+  `saving`, `signal`, `unfit`, `restart` (of what lives together), `released`;
+* from it: `heartbeat`, `ask` (for a heartbeat at once), `endpoints` (of all nodes), `restart` (as it came),
+  `checkpoint` (tasks save and stop), `stop`, `end` (the outcome).
 """
 
 from __future__ import annotations
@@ -231,6 +231,8 @@ class Coordinator:
             (self._saving.add if message["saving"] else self._saving.discard)(task)
         elif kind == "signal":
             self._signalled(str(message["signal"]))
+        elif kind == "restart":
+            self._order(message)
         elif kind == "evidence":
             self._without_evidence.discard(peer.rank)
         elif kind == "unfit":

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hpc_gym.node import tree
+from hpc_gym.node.bonds import Bonds
 from hpc_gym.node.channel import Message, Refused
 from hpc_gym.node.commands import command
 from hpc_gym.node.context import NodeContext
@@ -56,6 +57,7 @@ class NodeRunner:
             "pid": os.getpid(),
         }
         self._link = Link(*context.coordinator, context.secrets.token, hello, context.plan.supervision, self._take)
+        self._bonds = Bonds(self._processes, self._link.send)
 
     async def run(self) -> Outcome:
         """Runs the node until the coordinator has said how the attempt ended, or is gone."""
@@ -88,6 +90,8 @@ class NodeRunner:
 
     def _coordinate(self) -> asyncio.Task[Outcome] | None:
         context = self._context
+        else:
+            self._report(None, "checked", seconds=round(time.monotonic() - began, 3))
         if context.node.rank != 0:
             return None
         coordinator = Coordinator(context.plan, context.attempt, context.secrets.token)
@@ -135,6 +139,8 @@ class NodeRunner:
             self._evidence = asyncio.create_task(self._keep_evidence(), name="evidence")
         elif kind == "stop":
             self._stopping.set()
+        elif kind == "restart":
+            self._bonds.take(message)
         elif kind == "end":
             if not self._ended.done():
                 self._ended.set_result(Outcome.from_json(message["outcome"]))
@@ -165,6 +171,7 @@ class NodeRunner:
             except (OSError, KeyError) as error:
                 end = End(None, None, f"it could not be started: {_sentence(error)}", 0.0)
             if self._stopping.is_set():
+                self._bonds.begin(process)
                 return
             self._report(spec, "exited", exit_code=end.exit_code, signal=end.signal, seconds=end.seconds,
                          cpu_seconds=end.cpu_seconds)  # fmt: skip
@@ -180,11 +187,12 @@ class NodeRunner:
             await process.kill()
             await asyncio.sleep(delay)
 
+            self._bonds.restart(process)
     def _fail(self, process: ManagedProcess, end: End, restarts: int) -> None:
         spec = process.spec
         cause = end.cause
         if end.exit_code == 0:
-            cause = "a service must live as long as the job does"
+            cause = "a service must live as long as the job does" + (f"; last words: {cause}" if cause else "")
         if restarts:
             cause += f" (after {restarts} restart{'s' if restarts > 1 else ''})"
         failure = self._failure(spec.name, spec.role, cause, str(process.log), end)

@@ -94,6 +94,9 @@ class ManagedProcess:
 
     async def live(self, command: Command, values: Values, restarts: int) -> End:
         """Runs one life; returns when its main process is dead (killed, if it hung), whatever else it left."""
+        self.given_up: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        """Set from outside to end the life, with the cause."""
+        self._status_told = float("-inf")
         await self.said.open()
         self._clear_socket(values)
         ended = await self._spawn(command)
@@ -101,12 +104,15 @@ class ManagedProcess:
         self._report("started", pid=self.leader.pid, restarts=restarts)
         watch = asyncio.create_task(self._watch(values), name=f"watch-{self.spec.name}")
         try:
-            both: list[asyncio.Future[Any]] = [ended, watch]
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-            hung = ""
+            ends: list[asyncio.Future[Any]] = [ended, watch, self.given_up]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            cause = ""
             if not ended.done():
-                hung = watch.result()
-                self._report("hung", cause=hung)
+                if self.given_up.done():
+                    cause = self.given_up.result()
+                else:
+                    cause = watch.result()
+                    self._report("hung", cause=cause)
                 await self.kill()
                 await ended
         finally:
@@ -270,17 +276,17 @@ class ManagedProcess:
         self.look(self._table.recent())
         return [proc for proc in self.members.values() if not proc.zombie]
 
-    async def _end(self, status: int, cpu_seconds: float, hung: str) -> End:
+    async def _end(self, status: int, cpu_seconds: float, killed_for: str) -> End:
         code = os.waitstatus_to_exitcode(status)
         seconds = round(time.monotonic() - self._started, 3)
         if self._stream is not None:
             # Its last words; an orphan may hold the pipe open for longer.
             await asyncio.to_thread(self._stream.ended.wait, 0.3)
         name = signal.Signals(-code).name if code < 0 else None
-        cause = hung or self.said.said.failure
-        if not cause and code:
+        cause = killed_for or self.said.said.failure
+        if not cause and (code or self.spec.kind == "service"):
             cause = await asyncio.to_thread(self._cause, name)
-        return End(None if code < 0 else code, None if hung else name, cause, seconds, round(cpu_seconds, 3))
+        return End(None if code < 0 else code, None if killed_for else name, cause, seconds, round(cpu_seconds, 3))
 
     def _cause(self, killed_by: str | None) -> str:
         stream = self._stream
