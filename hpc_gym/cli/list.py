@@ -23,11 +23,12 @@ def list_runs(
     hpc-gym list --limit 0 --json | jq '.[] | select(.state == "FAILED") | .name'
     """
     from hpc_gym.jobs.records import all_records
-    from hpc_gym.jobs.state import states
+    from hpc_gym.jobs.state import standings
 
     records = all_records()
     shown = records[:limit] if limit else records
-    state_of = states(shown)
+    found = standings(shown)
+    state_of = {run_dir: standing.state for run_dir, standing in found.items()}
     if as_json:
         import dataclasses
         import json

@@ -50,7 +50,7 @@ def _follow_on_terminal(reader: StatusReader, watch: JobWatch) -> Status:
     console = Console(highlight=False)
     with Live(console=console, refresh_per_second=8, transient=True) as live:
         while True:
-            status = reader.read(watch.state())
+            status = reader.read(watch.standing())
             live.update(view(status))
             if has_ended(status.state):
                 break
@@ -63,7 +63,7 @@ def _follow_as_json(reader: StatusReader, watch: JobWatch) -> Status:
     """One JSON object a line, whenever something but the time has changed."""
     before = None
     while True:
-        status = reader.read(watch.state())
+        status = reader.read(watch.standing())
         told = _told(status)
         if told != before:
             print(json.dumps(dataclasses.asdict(status)), flush=True)
@@ -81,7 +81,7 @@ def _told(status: Status) -> object:
 def _follow_in_lines(reader: StatusReader, watch: JobWatch) -> Status:
     printer = LinePrinter()
     while True:
-        status = reader.read(watch.state())
+        status = reader.read(watch.standing())
         for line in printer.new_lines(status):
             print(line, flush=True)
         if has_ended(status.state):

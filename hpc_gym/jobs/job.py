@@ -14,7 +14,6 @@ from hpc_gym.errors import UserError
 from hpc_gym.jobs import records
 from hpc_gym.jobs.cancellation import cancel
 from hpc_gym.jobs.log_files import Selection, refuse_unknown
-from hpc_gym.jobs.logs import errors, logs
 from hpc_gym.jobs.records import JobRecord
 from hpc_gym.jobs.script_log import script_log, without_outcome
 from hpc_gym.jobs.state import JobWatch, has_ended, last_outcome
@@ -66,9 +65,12 @@ class HpcgymJob(Job[dict[str, Any]]):
         return self._refreshed(force=False)
 
     def _refreshed(self, force: bool) -> str:
+        return self._watched().state(force)
+
+    def _watched(self) -> JobWatch:
         if self._watch is None:
             self._watch = JobWatch(self.record)
-        return self._watch.state(force)
+        return self._watch
 
     def get_info(self, mode: str = "force") -> dict[str, str]:
         return {"JobID": self.job_id, "State": self._refreshed(force=mode == "force"), "WorkDir": str(self.run_dir)}
@@ -141,6 +143,8 @@ class HpcgymJob(Job[dict[str, Any]]):
         `errors_only`: the errors with the lines around them, the first cause first. `follow`: also what is written
         until the job ends.
         """
+        from hpc_gym.jobs.logs import errors, logs
+
         selection = Selection(role, node, process, attempt)
         refuse_unknown(self.run_dir, selection)
         if errors_only:
@@ -154,7 +158,7 @@ class HpcgymJob(Job[dict[str, Any]]):
         """Where the job stands, in stages."""
         from hpc_gym.jobs.status import read_status
 
-        return read_status(self.record, self.state)
+        return read_status(self.record, self._watched().standing())
 
     def task(self, task_id: int) -> HpcgymJob:
         return cast(HpcgymJob, super().task(task_id))

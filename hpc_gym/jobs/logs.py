@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hpc_gym.jobs.log_errors import error_blocks
 from hpc_gym.jobs.log_files import LogFile, Selection, attempts, log_files
-from hpc_gym.jobs.log_merge import Lines, Round, follow, merge
+from hpc_gym.jobs.log_merge import Round, follow, merge
 from hpc_gym.jobs.records import JobRecord
 from hpc_gym.jobs.script_log import script_log
 from hpc_gym.protocol.attempt import Failure, Outcome
@@ -30,37 +30,32 @@ class Printer:
         self._prefixes: dict[str, bytes] = {}
         self._width = 0
 
-    def round(self, lines: Round) -> bytes:
-        """The lines of a round in time order."""
-        shown: list[bytes] = []
-        if len({file.attempt for file, _ in lines.parts}) > 1:
-            return b"".join(self.lines((file, [line])) for file, line in lines.in_order())
-        heading = self._heading(lines.parts[0][0])
-        for part in lines.parts:
-            shown += self._shown(part)
-        if len(lines.parts) > 1:
-            shown = [shown[position] for position in lines.order()]
-        return heading + b"".join(shown)
+    def show(self, file: LogFile, lines: list[bytes], stamped: bool) -> list[bytes]:
+        """See `hpc_gym.jobs.log_merge.Show`."""
+        prefix = self._prefixes.get(file.path) or self._prefix(file)
+        if stamped:
+            return [prefix + line[:_TO_MILLISECONDS] + line[STAMP_LENGTH:] for line in lines]
+        return [
+            prefix + line[:_TO_MILLISECONDS] + line[STAMP_LENGTH:]
+            if line[STAMP_LENGTH - 1 : STAMP_LENGTH + 1] == b"Z "
+            else prefix + line
+            for line in lines
+        ]
 
-    def lines(self, lines: Lines) -> bytes:
-        """Lines of one file as they come."""
-        return self._heading(lines[0]) + b"".join(self._shown(lines))
+    def round(self, shown: Round) -> bytes:
+        """The lines of a round in time order, as `show` has made them."""
+        if len({file.attempt for file, _ in shown.parts}) > 1:
+            return b"".join(b"%s%s\n" % (self.heading(file), line) for file, line in shown.in_order())
+        lines = [line for _, part in shown.parts for line in part]
+        in_order = map(lines.__getitem__, shown.order()) if len(shown.parts) > 1 else lines
+        return b"%s%s\n" % (self.heading(shown.parts[0][0]), b"\n".join(in_order))
 
-    def _heading(self, file: LogFile) -> bytes:
+    def heading(self, file: LogFile) -> bytes:
+        """What stands before the next lines where they are of another attempt than those before."""
         if file.attempt == self._attempt:
             return b""
         first, self._attempt = self._attempt is None, file.attempt
         return b"" if first and file.attempt == 1 else b"-- attempt %d --\n" % file.attempt
-
-    def _shown(self, lines: Lines) -> list[bytes]:
-        file, texts = lines
-        prefix = self._prefixes.get(file.path) or self._prefix(file)
-        return [
-            prefix + line[:_TO_MILLISECONDS] + line[STAMP_LENGTH:] + b"\n"
-            if line[STAMP_LENGTH - 1 : STAMP_LENGTH + 1] == b"Z "
-            else prefix + line + b"\n"
-            for line in texts
-        ]
 
     def _prefix(self, file: LogFile) -> bytes:
         name = f"{file.role} {file.node} {file.process}"
@@ -83,9 +78,9 @@ def logs(
     selection = selection or Selection()
     printer = Printer(color)
     if ended is None:
-        rounds = merge(log_files(run_dir, selection))
+        rounds = merge(log_files(run_dir, selection), printer.show)
     else:
-        rounds = follow(lambda: log_files(run_dir, selection), ended)
+        rounds = follow(lambda: log_files(run_dir, selection), ended, printer.show)
     for each in rounds:
         yield printer.round(each)
     yield from _end(run_dir)
@@ -117,7 +112,8 @@ def errors(run_dir: Path, selection: Selection | None = None, color: bool = Fals
                 if not headed:
                     headed = True
                     yield f"== attempt {attempt}, {title} ==\n".encode()
-                yield printer.lines((block.file, block.lines)) + b"\n"
+                lines = printer.show(block.file, block.lines, False)
+                yield printer.heading(block.file) + b"\n".join(lines) + b"\n\n"
         if left_out:
             yield f"== attempt {attempt}: {left_out} more came while it was being stopped ==\n".encode()
     yield from _end(run_dir)

@@ -8,12 +8,22 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_gym.errors import UserError
 from hpc_gym.jobs.records import JobRecord
 
+_LIVING = ("RUNNING", "PENDING", "REQUEUED")
+_REASONS = {
+    "BeginTime": "Slurm holds a requeued job back for a while, or it asked for a later start",
+    "Dependency": "another job comes first",
+    "Priority": "jobs of a higher priority come first",
+    "ReqNodeNotAvail": "nodes it asked for are down, drained or reserved",
+    "Resources": "for nodes to become free",
+}
+"""Slurm's commonest reasons for letting a job wait, for people who do not know them by heart."""
 _LONG_STATES = {"COMPLETING": "RUNNING", "CONFIGURING": "PENDING", "REQUEUE_HOLD": "PENDING", "SUSPENDED": "RUNNING"}
 
 
@@ -32,46 +42,56 @@ def submit(run_dir: Path, after: str | None = None) -> str:
     return job_id
 
 
-def state(record: JobRecord) -> str:
-    """State of the job in Slurm's words; UNKNOWN when neither the queue nor the accounting knows it."""
-    return states_of([record])[record.run_dir]
+@dataclass(frozen=True)
+class Standing:
+    """A job's state in Slurm's words and, while it waits, why and until when, as a person reads it."""
+
+    state: str
+    waiting: str = ""
 
 
-def states_of(records: Sequence[JobRecord]) -> dict[str, str]:
-    """State of each job by run directory; of a chain, that of the link that lives, or of the last that ran."""
-    found = states([job_id for record in records for job_id in record.job_ids]) if records else {}
+def standing(record: JobRecord) -> Standing:
+    """Where a job stands; UNKNOWN when neither the queue nor the accounting knows it."""
+    return standings([record])[record.run_dir]
+
+
+def standings(records: Sequence[JobRecord]) -> dict[str, Standing]:
+    """Where each job stands, by run directory, asked for at once; of a chain, the link that lives, or the last that
+    ran.
+    """
+    found = _of_jobs([job_id for record in records for job_id in record.job_ids]) if records else {}
     return {
         record.run_dir: _of_chain([found[job_id] for job_id in record.job_ids if job_id in found]) for record in records
     }
 
 
-def _of_chain(links: list[str]) -> str:
-    live = [state for state in links if state in ("RUNNING", "PENDING", "REQUEUED")]
+def _of_chain(links: list[Standing]) -> Standing:
+    live = [each for each in links if each.state in _LIVING]
     # A link that was not needed any more is CANCELLED, without having run.
-    ran = [state for state in links if state != "CANCELLED"]
-    return (sorted(live, key="RUNNING".__ne__) or ran[-1:] or links or ["UNKNOWN"])[0]
+    ran = [each for each in links if each.state != "CANCELLED"]
+    return (sorted(live, key=lambda each: each.state != "RUNNING") or ran[-1:] or links or [Standing("UNKNOWN")])[0]
 
 
 def states(job_ids: Sequence[str]) -> dict[str, str]:
     """States of several jobs, asked for at once; those that neither the queue nor the accounting knows are left out."""
-    found = _components(["squeue", "--noheader", "--states=all", "--format=%i|%T"], job_ids)
-    if missing := [job_id for job_id in job_ids if job_id not in found]:
+    return {job_id: found.state for job_id, found in _of_jobs(job_ids).items()}
+
+
+def _of_jobs(job_ids: Sequence[str]) -> dict[str, Standing]:
+    found = _components(["squeue", "--noheader", "--states=all", "--format=%i|%T|%S|%r"], set(job_ids))
+    if missing := {job_id for job_id in job_ids if job_id not in found}:
         sacct = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State"]
         found |= _components(sacct, missing)
-    return {job_id: _joined(states) for job_id, states in found.items()}
+    return {job_id: _joined(parts) for job_id, parts in found.items()}
 
 
-def why_waiting(record: JobRecord) -> str:
-    """Why a job waits and when it is expected to start, in Slurm's words; "" where it cannot tell."""
-    try:
-        listed = ask(
-            ["squeue", "--noheader", "--states=PENDING", "--format=%r|%S", f"--jobs={','.join(record.job_ids)}"]
-        )
-    except UserError:
-        return ""
-    reason, _, start = (listed.splitlines() or [""])[0].partition("|")
-    expected = f", expected start {start.replace('T', ' ')}" if start not in ("", "N/A") else ""
-    return f"{reason}{expected}" if reason not in ("", "None") else expected.removeprefix(", ")
+def _waiting(start: str, reason: str) -> str:
+    """Why a job waits and when it is expected to start, from Slurm's words; "" where they do not tell."""
+    told = "" if reason in ("", "None") else reason
+    if told and (meaning := _REASONS.get(told.partition(",")[0])):
+        told = f"{told} ({meaning})"
+    expected = f"expected start {start.replace('T', ' ')}" if start not in ("", "N/A") else ""
+    return ", ".join(filter(None, (told, expected)))
 
 
 def cancel(record: JobRecord, kill: bool = False) -> None:
@@ -92,29 +112,33 @@ def cancel_jobs(job_ids: Sequence[str]) -> None:
     ask(["scancel", *job_ids])
 
 
-def _components(command: list[str], job_ids: Sequence[str]) -> dict[str, list[str]]:
-    """States of the components of each job, from lines of `ID|STATE`; a heterogeneous job's parts are 12+0, 12+1."""
+def _components(command: list[str], job_ids: Collection[str]) -> dict[str, list[Standing]]:
+    """The components of each job, from lines of `ID|STATE` or `ID|STATE|START|REASON`; a heterogeneous job's parts are
+    12+0, 12+1.
+    """
     try:
-        rows = ask([*command, f"--jobs={','.join(job_ids)}"]).splitlines()
+        rows = ask([*command, f"--jobs={','.join(sorted(job_ids))}"]).splitlines()
     except UserError:
         return {}
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[Standing]] = {}
     for row in rows:
-        name, _, state = row.partition("|")
+        name, state, start, reason = [*row.split("|", 3), "", ""][:4]
         job_id = name.partition("+")[0]
         # sacct says "CANCELLED by 1000".
         if job_id in job_ids and (words := state.split()):
-            found.setdefault(job_id, []).append(_LONG_STATES.get(words[0], words[0]))
+            word = _LONG_STATES.get(words[0], words[0])
+            waiting = _waiting(start, reason) if word == "PENDING" else ""
+            found.setdefault(job_id, []).append(Standing(word, waiting))
     return found
 
 
-def _joined(states: list[str]) -> str:
-    """One state for all components: one that lives wins, then one that went wrong."""
-    for wanted in ("RUNNING", "PENDING", "REQUEUED"):
-        if wanted in states:
-            return wanted
-    wrong = [state for state in states if state != "COMPLETED"]
-    return (wrong or states or ["UNKNOWN"])[0]
+def _joined(parts: list[Standing]) -> Standing:
+    """One for all components: one that lives wins, then one that went wrong."""
+    for wanted in _LIVING:
+        if those := [each for each in parts if each.state == wanted]:
+            return next((each for each in those if each.waiting), those[0])
+    wrong = [each for each in parts if each.state != "COMPLETED"]
+    return (wrong or parts or [Standing("UNKNOWN")])[0]
 
 
 def ask(command: list[str], environment: Mapping[str, str] | None = None, errors: bool = False) -> str:

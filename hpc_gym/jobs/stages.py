@@ -10,12 +10,26 @@ from typing import Any, Literal
 
 from hpc_gym.jobs.progress import AttemptProgress, ProcessProgress
 from hpc_gym.jobs.records import JobRecord
+from hpc_gym.jobs.slurm import Standing
 from hpc_gym.jobs.state import has_ended
 from hpc_gym.plan.plan import Plan, Process
 
 StageState = Literal["waiting", "running", "done", "failed"]
 
-_TITLES = {"vllm": "vLLM", "gym": "NeMo Gym", "rollout-server": "rollout server", "rank": "trainers", "judge": "judge"}
+_HOSTS_SHOWN = 4
+_LOADING = ("vllm", "judge")
+_ROLLOUTS = re.compile(
+    r"(?P<what>step (?P<step>\d+)(?:/\d+)?|evaluation (?P<when>\w+), step \d+): rollouts (?P<done>\d+)/(?P<of>\d+)"
+)
+_TITLES = {
+    "vllm": "vLLM",
+    "gym": "NeMo Gym",
+    "rollout-server": "rollout server",
+    "environment-server": "environment server",
+    "judge": "judge",
+    "judge-server": "judge server",
+    "rank": "trainers",
+}
 
 
 @dataclass(frozen=True)
@@ -29,36 +43,60 @@ class Stage:
     seconds: float | None = None
 
 
-def stages_of(
-    plan: Plan,
-    record: JobRecord,
-    progress: AttemptProgress,
-    last_step: Mapping[str, Any],
-    evaluations: Sequence[Mapping[str, Any]],
-    state: str,
-    now: float,
-) -> tuple[Stage, ...]:
-    """The stages of the last attempt. `last_step`: the newest line of metrics.jsonl, empty before the first."""
+@dataclass(frozen=True)
+class Moment:
+    """What is known of a job at one moment: all that its stages follow from."""
+
+    progress: AttemptProgress
+    """Of the last attempt."""
+    last_step: Mapping[str, Any]
+    """The newest line of metrics.jsonl, empty before the first."""
+    evaluations: Sequence[Mapping[str, Any]]
+    standing: Standing
+    queued_since: float | None
+    """When it was submitted, or the attempt before ended. None: not known."""
+    now: float
+
+
+def stages_of(plan: Plan, record: JobRecord, moment: Moment) -> tuple[Stage, ...]:
+    """The stages of the last attempt; of the next one, while the job waits for it in the queue."""
+    if moment.standing.state == "PENDING":
+        moment = replace(moment, progress=AttemptProgress(moment.progress.attempt))
     stages = [
-        *_nodes(plan, record, progress, now),
-        *_services(plan, progress, now),
-        *_training(plan, progress, last_step, evaluations, Path(record.run_dir), now),
+        *_nodes(plan, record, moment),
+        *_services(plan, moment.progress, moment.now),
+        *_training(plan, moment, Path(record.run_dir)),
     ]
-    if has_ended(state):
+    if has_ended(moment.standing.state):
         # What was under way when a job failed did not get done.
-        end: StageState = "done" if state == "COMPLETED" else "failed"
+        end: StageState = "done" if moment.standing.state == "COMPLETED" else "failed"
         stages = [replace(each, state=end) if each.state == "running" else each for each in stages]
     return tuple(stages)
 
 
-def _nodes(plan: Plan, record: JobRecord, progress: AttemptProgress, now: float) -> list[Stage]:
-    first, all_there = min(progress.joined.values(), default=None), len(progress.joined) >= len(plan.nodes)
-    detail = f"{len(progress.joined)}/{len(plan.nodes)}"
-    queued = _timed("queued", record.submitted if progress.attempt <= 1 else None, first, now)
-    if first is None:
-        return [queued, Stage("nodes", detail=detail)]
-    last = max(progress.joined.values()) if all_there else None
-    return [queued, replace(_timed("nodes", first, last, now), detail=detail)]
+def _nodes(plan: Plan, record: JobRecord, moment: Moment) -> list[Stage]:
+    progress, now, of = moment.progress, moment.now, len(plan.nodes)
+    first = min(progress.joined.values(), default=None)
+    began = first if progress.began is None else progress.began
+    queued = _timed("queued", moment.queued_since, began, now)
+    if moment.standing.state == "PENDING":
+        again = "again" if progress.attempt else ""
+        queued = replace(queued, detail=": ".join(filter(None, (again, moment.standing.waiting))))
+    joined = f"{len(progress.joined)}/{of}"
+    if record.kind == "slurm" and progress.hosts:
+        joined += f": {_hosts(list(dict.fromkeys(progress.hosts.values())))}"
+    last = max(progress.joined.values()) if len(progress.joined) >= of else None
+    stages = [queued, replace(_timed("nodes", began, last, now), detail=joined)]
+    if record.kind == "slurm" and (progress.checked or not progress.processes):
+        fit = max(progress.checked.values()) if len(progress.checked) >= of else None
+        detail = f"{len(progress.checked)}/{of} nodes are fit" if first else ""
+        stages.append(replace(_timed("checks", first, fit, now), detail=detail))
+    return stages
+
+
+def _hosts(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_HOSTS_SHOWN])
+    return shown if len(names) <= _HOSTS_SHOWN else f"{shown} and {len(names) - _HOSTS_SHOWN} more"
 
 
 def _services(plan: Plan, progress: AttemptProgress, now: float) -> list[Stage]:
@@ -82,24 +120,30 @@ def _services(plan: Plan, progress: AttemptProgress, now: float) -> list[Stage]:
     return stages
 
 
-def _training(
-    plan: Plan,
-    progress: AttemptProgress,
-    last_step: Mapping[str, Any],
-    evaluations: Sequence[Mapping[str, Any]],
-    run_dir: Path,
-    now: float,
-) -> list[Stage]:
+def _counted(known: Sequence[ProcessProgress]) -> list[str]:
+    """Of how many servers how many are up, over all nodes."""
+    counted = [each.counted for each in known if each.counted]
+    if not counted:
+        return []
+    return [f"{sum(each[0] for each in counted)}/{sum(each[1] for each in counted)} {counted[0][2]}"]
+
+
+def _said(kind: str, process: ProcessProgress) -> str:
+    """What a process says on its way to ready, without what is counted already."""
+    if kind in _LOADING:
+        # All that its probe can tell is that nothing answers yet.
+        return "loading"
+    return re.sub(r"^\d+ ?/ ?\d+ servers(, )?", "", process.text)
+
+
+def _training(plan: Plan, moment: Moment, run_dir: Path) -> list[Stage]:
     """The parts that training goes through one after another; each begins when the one before it has ended."""
+    progress, evaluations, last_step = moment.progress, moment.evaluations, moment.last_step
     evaluation, max_steps = plan.training.evaluation, int(plan.training.grpo.get("max_steps", 0))
     ranks = [(node.name, each) for node in plan.nodes for each in node.processes if each.kind == "task"]
     known = [_progress(progress, *rank) for rank in ranks]
     ready = [each.ready for each in known if each.ready is not None]
     began = all_ready = max(ready) if ready and len(ready) == len(ranks) else None
-    said = next((each.text for each in known if each.text and each.ready is not None), "")
-    if re.match(r"step \d+/\d+", said):
-        # metrics.jsonl says that, and more.
-        said = ""
     step = int(last_step.get("step", 0))
     stepped = float(last_step["time"]) if max_steps and step >= max_steps else None
     ended = [each.exited for each in known]
@@ -116,14 +160,37 @@ def _training(
     for name, end, detail in parts:
         if name == "training" and step:
             began = began or all_ready
-        stage = _timed(name, began, end, now)
+        stage = _timed(name, began, end, moment.now)
         if stage.state == "running":
-            stage = replace(stage, detail=", ".join(filter(None, [detail, said])))
+            stage = replace(stage, detail=", ".join(filter(None, [detail, under_way(name, step, known)])))
         elif stage.state == "done" or name == "training":
             stage = replace(stage, detail=detail)
         stages.append(stage)
         began = end if stage.state == "done" else None
     return stages
+
+
+def under_way(stage: str, step: int, ranks: Sequence[ProcessProgress]) -> str:
+    """What the ranks say of what they do in a stage, after `step` steps; "" where what they said last is of another.
+
+    Each rank counts its own share of the rollouts.
+    """
+    said = [each.text for each in ranks if each.text and each.ready is not None and each.exited is None]
+    if any(each.saving for each in ranks):
+        return "saving a checkpoint"
+    found = [match for text in said if (match := _ROLLOUTS.fullmatch(text))]
+    if stage == "training":
+        found = [match for match in found if match["when"] == "step" or int(match["step"] or 0) > step]
+    else:
+        found = [match for match in found if match["when"] and stage == f"evaluation {match['when']}"]
+    if found:
+        of = [match for match in found if match["what"] == found[0]["what"]]
+        what = found[0]["what"] if stage == "training" else ""
+        done, wanted = (sum(int(match[name]) for match in of) for name in ("done", "of"))
+        return f"{what}: rollouts {done}/{wanted}".removeprefix(": ")
+    if stage == "export" and any(text.startswith("exporting") for text in said):
+        return "writing the model"
+    return ""
 
 
 def _progress(progress: AttemptProgress, node: str, process: Process) -> ProcessProgress:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hpc_gym.jobs import local, slurm
 from hpc_gym.jobs.records import JobRecord
+from hpc_gym.jobs.slurm import Standing
 from hpc_gym.protocol.attempt import Outcome
 
 CANCEL_MARK = "cancelled"
@@ -34,21 +35,26 @@ def last_outcome(run_dir: str | Path) -> Outcome | None:
 
 def job_state(record: JobRecord) -> str:
     """State of the job at this moment; right from any process on the host of a local job."""
-    return _local(record) if record.kind == "local" else _slurm(record)
+    return standing(record).state
 
 
-def states(records: Iterable[JobRecord]) -> dict[str, str]:
-    """State of each job by run directory. Slurm is asked once for all of its jobs that have no outcome yet."""
+def standing(record: JobRecord) -> Standing:
+    """State of the job at this moment and, while it waits in a queue, why."""
+    return Standing(_local(record)) if record.kind == "local" else _slurm(record, slurm.standing(record))
+
+
+def standings(records: Iterable[JobRecord]) -> dict[str, Standing]:
+    """Where each job stands, by run directory. Slurm is asked once for all of its jobs that have no outcome yet."""
     found, ask = {}, []
     for record in records:
-        outcome = None if record.kind == "local" else last_outcome(record.run_dir)
         if record.kind == "local":
-            found[record.run_dir] = _local(record)
-        elif outcome is not None and outcome.kind in _OF_OUTCOME:
-            found[record.run_dir] = _OF_OUTCOME[outcome.kind]
+            found[record.run_dir] = Standing(_local(record))
+        elif (outcome := last_outcome(record.run_dir)) is not None and outcome.kind in _OF_OUTCOME:
+            found[record.run_dir] = Standing(_OF_OUTCOME[outcome.kind])
         else:
             ask.append(record)
-    return found | slurm.states_of(ask)
+    asked = slurm.standings(ask)
+    return found | {record.run_dir: _slurm(record, asked[record.run_dir]) for record in ask}
 
 
 def _local(record: JobRecord) -> str:
@@ -63,13 +69,13 @@ def _local(record: JobRecord) -> str:
     return "CANCELLED" if (Path(record.run_dir) / CANCEL_MARK).exists() else "FAILED"
 
 
-def _slurm(record: JobRecord) -> str:
-    state = slurm.state(record)
-    if state != "UNKNOWN":
-        return state
+def _slurm(record: JobRecord, told: Standing) -> Standing:
+    if told.state != "UNKNOWN":
+        return told
     # The queue has forgotten it and the accounting lags or is missing: the job's own word counts.
-    outcome = last_outcome(record.run_dir)
-    return _OF_OUTCOME.get(outcome.kind, "UNKNOWN") if outcome else "UNKNOWN"
+    if (outcome := last_outcome(record.run_dir)) is not None and outcome.kind in _OF_OUTCOME:
+        return Standing(_OF_OUTCOME[outcome.kind])
+    return told
 
 
 class JobWatch:
@@ -79,13 +85,16 @@ class JobWatch:
         self._record = record
         self._every_s = 0.0 if record.kind == "local" else every_s
         self._asked = float("-inf")
-        self._state = "UNKNOWN"
+        self._standing = Standing("UNKNOWN")
 
     def state(self, force: bool = False) -> str:
+        return self.standing(force).state
+
+    def standing(self, force: bool = False) -> Standing:
         now = time.monotonic()
-        if not has_ended(self._state) and (force or now - self._asked >= self._every_s):
-            self._state, self._asked = job_state(self._record), now
-        return self._state
+        if not has_ended(self._standing.state) and (force or now - self._asked >= self._every_s):
+            self._standing, self._asked = standing(self._record), now
+        return self._standing
 
     def ended(self) -> bool:
         return has_ended(self.state())

@@ -1,31 +1,30 @@
 """Where a job stands, in stages, derived from the files of its run directory alone.
 
-A `StatusReader` reads on in those files, so that a live view costs no more after a day than at the start. A line that
-is just being written is left for the next time, and whatever is no JSON is passed over.
+A `StatusReader` reads on in those files, so that a live view costs no more after a day than at the start.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
+import contextlib
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpc_gym.jobs.progress import AttemptProgress
+from hpc_gym.errors import UserError
+from hpc_gym.jobs.earlier import AttemptEnd, EarlierAttempts
+from hpc_gym.jobs.json_lines import JsonLines, parsed
+from hpc_gym.jobs.progress import AttemptProgress, thinned_out
 from hpc_gym.jobs.records import JobRecord
 from hpc_gym.jobs.script_log import without_outcome
-from hpc_gym.jobs.slurm import why_waiting
-from hpc_gym.jobs.stages import Stage, stages_of
-from hpc_gym.jobs.state import has_ended, job_state
+from hpc_gym.jobs.slurm import Standing
+from hpc_gym.jobs.stages import Moment, Stage, stages_of
+from hpc_gym.jobs.state import has_ended
+from hpc_gym.jobs.state import standing as state_of
+from hpc_gym.jobs.steps import StepHistory, rewards
 from hpc_gym.plan.plan import Plan
 from hpc_gym.protocol.attempt import Outcome
-
-_RECENT_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -36,18 +35,28 @@ class Status:
     name: str
     run_dir: str
     state: str
+    waiting: str
+    """While it waits in the queue: why, and when it is expected to start; else ""."""
     attempt: int
     """0 before the first."""
+    earlier_attempts: tuple[AttemptEnd, ...]
+    """How those before it ended."""
+    resumed_from: int | None
+    """Step at which the attempt went on; None where it began at the beginning, or has not made a step yet."""
     submitted: float
     seconds: float
     """Since the submit, to now or to the job's end."""
     stages: tuple[Stage, ...]
+    hosts: Mapping[str, str]
+    """Host name of each node of the attempt that has joined."""
     step: int
     max_steps: int
     reward: float | None
     """Mean over the last step's rollouts."""
     rewards: Mapping[str, float]
     """The same per environment."""
+    curves: Mapping[str, tuple[float, ...]]
+    """Reward per environment over the whole training so far, in up to 60 equal parts."""
     evaluations: Mapping[str, Mapping[str, float]]
     """Mean reward per environment, by when it was evaluated: `before`, `step 20`, `after`."""
     tokens_per_s: float | None
@@ -59,7 +68,9 @@ class Status:
     time_left_s: float | None
     """For the remaining steps, at the pace of the last ones."""
     checkpoint: int | None
-    """Step of the newest checkpoint."""
+    """Step of the newest checkpoint that is whole."""
+    checkpoint_age_s: float | None
+    """Since it was finished, to now or to the job's end."""
     notes: tuple[str, ...]
     """What a person should know: restarts, hung processes, lost nodes; the latest last."""
     outcome: str | None
@@ -67,92 +78,81 @@ class Status:
 
 
 @dataclass
-class _JsonLines:
-    """A growing file of JSON objects, one a line, read on from where the last reading ended."""
-
-    path: Path
-    offset: int = 0
-
-    def new(self) -> Iterator[dict[str, Any]]:
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self.offset)
-                text = file.read()
-        except OSError:
-            return
-        end = text.rfind(b"\n") + 1
-        self.offset += end
-        for line in text[:end].splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                # Cut off by the end of an earlier attempt.
-                continue
-            if isinstance(record, dict):
-                yield record
-
-
-@dataclass
 class StatusReader:
-    """Reads the status of one job again and again."""
+    """Reads the status of one job again and again. Raises UserError when its run directory is not whole."""
 
     record: JobRecord
-    steps: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS + 1))
+    steps: StepHistory = field(default_factory=StepHistory)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._run_dir = Path(self.record.run_dir)
-        self._plan = Plan.read(self._run_dir)
-        self._metrics = _JsonLines(self._run_dir / "metrics.jsonl")
-        self._evaluations = _JsonLines(self._run_dir / "evaluations.jsonl")
-        self._events = _JsonLines(self._run_dir)
+        self._plan = _plan(self._run_dir)
+        self._metrics = JsonLines(self._run_dir / "metrics.jsonl")
+        self._evaluations = JsonLines(self._run_dir / "evaluations.jsonl")
+        self._events = JsonLines(self._run_dir)
         self._progress = AttemptProgress(0)
+        self._earlier = EarlierAttempts(self._run_dir / "attempts")
 
-    def read(self, state: str | None = None) -> Status:
-        """The status at this moment; `state` where the caller knows it already."""
-        state = state or job_state(self.record)
+    def read(self, standing: Standing | None = None) -> Status:
+        """The status at this moment; `standing` where the caller knows it already."""
+        standing = standing or state_of(self.record)
         self._read_events()
-        self.steps.extend(self._metrics.new())
+        for line in self._metrics.new():
+            self.steps.take(line)
         self.evaluations.extend(self._evaluations.new())
-        progress, record = self._progress, self.record
+        progress, record, state = self._progress, self.record, standing.state
         outcome = Outcome.read(self._run_dir / "attempts" / str(progress.attempt)) if progress.attempt else None
         ended_without = without_outcome(record, state) if has_ended(state) and state != "COMPLETED" else None
         now = self._last_moment() if has_ended(state) else time.time()
-        last: dict[str, Any] = self.steps[-1] if self.steps else {}
-        max_steps = int(self._plan.training.grpo.get("max_steps", 0))
-        pace = self._pace()
+        last, pace = self.steps.last, self.steps.pace()
+        step, max_steps = int(last.get("step", 0)), int(self._plan.training.grpo.get("max_steps", 0))
+        going_on = pace.step_s is not None and not has_ended(state)
+        checkpoint, saved = _newest_checkpoint(self._run_dir)
+        earlier = self._earlier.before(progress.attempt)
         return Status(
             job_id=record.job_id,
             name=record.name,
             run_dir=record.run_dir,
             state=state,
+            waiting=standing.waiting,
             attempt=progress.attempt,
+            earlier_attempts=earlier,
+            resumed_from=self._resumed_from(),
             submitted=record.submitted,
             seconds=max(0.0, now - record.submitted),
-            stages=self._stages(state, now),
-            step=int(last.get("step", 0)),
+            stages=stages_of(
+                self._plan,
+                record,
+                Moment(progress, last, self.evaluations, standing, self._queued_since(standing, earlier), now),
+            ),
+            hosts=dict(progress.hosts),
+            step=step,
             max_steps=max_steps,
             reward=_number(last.get("reward")),
-            rewards=_rewards(last),
+            rewards=rewards(last),
+            curves=self.steps.curves(),
             evaluations={_when(each): _means(each) for each in self.evaluations},
             tokens_per_s=pace.tokens_per_s,
             failed_share=pace.failed_share,
             waiting_share=pace.waiting_share,
-            time_left_s=None
-            if pace.step_s is None or has_ended(state)
-            else pace.step_s * (max_steps - int(last.get("step", 0))),
-            checkpoint=_newest_checkpoint(self._run_dir),
+            time_left_s=pace.step_s * (max_steps - step) if going_on and pace.step_s is not None else None,
+            checkpoint=checkpoint,
+            checkpoint_age_s=None if saved is None else max(0.0, now - saved),
             notes=tuple(progress.notes),
             outcome=outcome.sentence() if outcome else ended_without,
         )
 
-    def _stages(self, state: str, now: float) -> tuple[Stage, ...]:
-        stages = stages_of(self._plan, self.record, self._progress, self._steps_told(), self.evaluations, state, now)
-        if state != "PENDING" or self.record.kind != "slurm":
-            return stages
-        # Before its first attempt, or between two of them.
-        detail = ", ".join(filter(None, ["again" if self._progress.attempt else "", why_waiting(self.record)]))
-        return (replace(stages[0], state="running", detail=detail), *stages[1:])
+    def _queued_since(self, standing: Standing, earlier: Sequence[AttemptEnd]) -> float | None:
+        if standing.state == "PENDING" and self._progress.attempt:
+            return self._progress.last or None
+        if self._progress.attempt <= 1:
+            return self.record.submitted
+        return earlier[-1].ended if earlier else None
+
+    def _resumed_from(self) -> int | None:
+        first, _ = self.steps.spans.get(self._progress.attempt, (0, 0))
+        return first - 1 if first > 1 else None
 
     def _read_events(self) -> None:
         latest = self._run_dir / "attempts" / "latest"
@@ -162,59 +162,33 @@ class StatusReader:
             return
         if attempt != self._progress.attempt:
             self._progress = AttemptProgress(attempt)
-            self._events = _JsonLines(self._run_dir / "attempts" / str(attempt) / "events.jsonl")
-        for event in self._events.new():
+            self._events = JsonLines(self._run_dir / "attempts" / str(attempt) / "events.jsonl")
+        for event in parsed(thinned_out(self._events.lines())):
             self._progress.take(event)
 
-    def _steps_told(self) -> dict[str, Any]:
-        return self.steps[-1] if self.steps else {}
-
     def _last_moment(self) -> float:
-        told = [each["time"] for each in (*list(self.steps)[-1:], *self.evaluations[-1:]) if "time" in each]
+        told = [each["time"] for each in (self.steps.last, *self.evaluations[-1:]) if "time" in each]
         outcome = self._run_dir / "attempts" / str(self._progress.attempt) / "outcome.json"
         if not self._progress.last and outcome.exists():
             told.append(outcome.stat().st_mtime)
         return float(max([self.record.submitted, self._progress.last, *told]))
 
-    def _pace(self) -> _Pace:
-        """Over the last steps of the last attempt that trained."""
-        attempt = self.steps[-1].get("attempt") if self.steps else None
-        steps = [step for step in self.steps if step.get("attempt") == attempt]
-        seconds = [b["time"] - a["time"] for a, b in pairwise(steps)]
-        seconds = seconds or [step["step_seconds"] for step in steps if "step_seconds" in step]
-        recent = steps[1:] or steps
-        total = sum(seconds)
-        if total <= 0:
-            return _Pace()
-        rollouts = sum(step.get("rollouts", 0) for step in recent)
-        return _Pace(
-            step_s=statistics.median(seconds),
-            tokens_per_s=sum(step.get("tokens", 0) for step in recent) / total,
-            failed_share=sum(step.get("failed", 0) for step in recent) / rollouts if rollouts else None,
-            waiting_share=min(1.0, sum(step.get("rollout_seconds", 0) for step in recent) / total),
-        )
 
-
-@dataclass(frozen=True)
-class _Pace:
-    step_s: float | None = None
-    tokens_per_s: float | None = None
-    failed_share: float | None = None
-    waiting_share: float | None = None
-
-
-def read_status(record: JobRecord, state: str | None = None) -> Status:
+def read_status(record: JobRecord, standing: Standing | None = None) -> Status:
     """Where the job of `record` stands now."""
-    return StatusReader(record).read(state)
+    return StatusReader(record).read(standing)
+
+
+def _plan(run_dir: Path) -> Plan:
+    try:
+        return Plan.read(run_dir)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        what = error.strerror if isinstance(error, OSError) else f"not a plan of this hpc-gym ({error})"
+        raise UserError(f"{run_dir} is no whole run directory any more: plan.json: {what}") from None
 
 
 def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) else None
-
-
-def _rewards(step: Mapping[str, Any]) -> dict[str, float]:
-    prefix = "reward/"
-    return {key.removeprefix(prefix): float(step[key]) for key in sorted(step) if key.startswith(prefix)}
 
 
 def _when(evaluation: Mapping[str, Any]) -> str:
@@ -224,17 +198,17 @@ def _when(evaluation: Mapping[str, Any]) -> str:
 
 def _means(evaluation: Mapping[str, Any]) -> dict[str, float]:
     means = {}
-    for environment, rewards in evaluation.get("rewards", {}).items():
-        known = [reward for reward in rewards if reward is not None]
+    for environment, each in evaluation.get("rewards", {}).items():
+        known = [reward for reward in each if reward is not None]
         if known:
             means[environment] = sum(known) / len(known)
     return means
 
 
-def _newest_checkpoint(run_dir: Path) -> int | None:
-    try:
-        names = [entry.name for entry in (run_dir / "checkpoints").iterdir()]
-    except OSError:
-        return None
-    steps = [int(name.rpartition("-")[2]) for name in names if name.startswith("checkpoint-") and name[11:].isdigit()]
-    return max(steps, default=None)
+def _newest_checkpoint(run_dir: Path) -> tuple[int | None, float | None]:
+    """(its step, when it was finished) of the newest checkpoint that is whole."""
+    found = []
+    for marker in (run_dir / "checkpoints").glob("checkpoint-*/complete.json"):
+        with contextlib.suppress(OSError, ValueError):
+            found.append((int(marker.parent.name.rpartition("-")[2]), marker.stat().st_mtime))
+    return max(found, default=(None, None))

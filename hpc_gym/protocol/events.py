@@ -1,10 +1,14 @@
-"""The event log of an attempt, `attempts/K/events.jsonl`: one JSON object a line, written by the coordinator alone.
+"""The event log of an attempt, `attempts/K/events.jsonl`: one JSON object a line, written by the coordinator alone,
+but for the first event, which the job script writes before there is one.
 
 Every event has `time` (seconds since the epoch, clock of the node it happened on), `attempt`, `node`, `role`, `process`
 ("" for the node itself) and `event`, which is one of:
 
 =================  ==================================================================================================
+job: `began`       its nodes are allocated, the job script runs; `host`, `job_id`
 node: `joined`     its supervisor reported to the coordinator; `host`, `address`, `pid`
+node: `checked`    it is fit for the job; `seconds` that took. Not in local jobs
+node: `unfit`      it is not: `cause`
 node: `silent`     no heartbeat for `seconds`
 node: `released`   nothing of the attempt is left on it; `seconds` since it was told to stop
 `started`          `pid`, `restarts` so far

@@ -10,7 +10,7 @@ import pytest
 from hpc_gym.errors import UserError
 from hpc_gym.jobs import local, records
 from hpc_gym.jobs.records import JobRecord, ProcessIdentity
-from hpc_gym.jobs.state import job_state, states
+from hpc_gym.jobs.state import job_state, standings
 from hpc_gym.protocol.attempt import Outcome
 
 
@@ -98,7 +98,8 @@ def test_state_after_the_process_comes_from_the_outcome(runs: Path) -> None:
     end(cancelled, Outcome("cancelled", "SIGTERM"))
     silent = make(runs, "silent", process=gone)
     assert [job_state(each) for each in (completed, cancelled, silent)] == ["COMPLETED", "CANCELLED", "FAILED"]
-    assert states([completed, silent]) == {completed.run_dir: "COMPLETED", silent.run_dir: "FAILED"}
+    told = standings([completed, silent])
+    assert {key: each.state for key, each in told.items()} == {completed.run_dir: "COMPLETED", silent.run_dir: "FAILED"}
 
 
 def test_job_ids_never_repeat() -> None:
@@ -111,7 +112,7 @@ def test_a_thousand_runs_are_listed_in_a_second(runs: Path) -> None:
         end(record, Outcome("completed"))
     begin = time.monotonic()
     listed = records.all_records()
-    told = states(listed)
+    told = standings(listed)
     assert time.monotonic() - begin < 1.0
-    assert set(told.values()) == {"COMPLETED"}
+    assert {each.state for each in told.values()} == {"COMPLETED"}
     assert [record.name for record in listed[:2]] == ["run-999", "run-998"]

@@ -10,6 +10,7 @@ from job_plans import plan, service, task
 
 from hpc_gym.cli.live import LinePrinter, view
 from hpc_gym.jobs.records import JobRecord, ProcessIdentity
+from hpc_gym.jobs.slurm import Standing
 from hpc_gym.jobs.stages import Stage
 from hpc_gym.jobs.status import Status, StatusReader, read_status
 from hpc_gym.plan.plan import DataSource, Probe
@@ -75,7 +76,7 @@ def ready(record: JobRecord) -> None:
 
 
 def test_before_the_first_attempt_the_job_is_queued(record: JobRecord) -> None:
-    told = stages(read_status(record, "RUNNING"))
+    told = stages(read_status(record, Standing("RUNNING")))
     assert (told["queued"].state, told["nodes"].state, told["nodes"].detail) == ("running", "waiting", "0/3")
     assert list(told) == [
         *("queued", "nodes", "vLLM", "NeMo Gym", "trainers"),
@@ -87,11 +88,11 @@ def test_services_tell_how_many_are_ready_and_what_they_say(record: JobRecord) -
     begin(record)
     event(record, 30, "vllm-0:ready")
     event(record, 12, "gym:progress", text="3 / 9 servers")
-    told = stages(read_status(record, "RUNNING"))
+    told = stages(read_status(record, Standing("RUNNING")))
     assert (told["queued"].state, told["queued"].seconds) == ("done", 2.0)
     assert (told["nodes"].state, told["nodes"].detail) == ("done", "3/3")
     assert (told["vLLM"].state, told["vLLM"].detail) == ("running", "1/2 ready")
-    assert (told["NeMo Gym"].state, told["NeMo Gym"].detail) == ("running", "0/1 ready, 3 / 9 servers")
+    assert (told["NeMo Gym"].state, told["NeMo Gym"].detail) == ("running", "0/1 ready, 3/9 servers")
 
 
 def test_training_tells_its_pace_and_what_is_left(record: JobRecord) -> None:
@@ -108,13 +109,14 @@ def test_training_tells_its_pace_and_what_is_left(record: JobRecord) -> None:
     )
     for number in range(1, 5):
         step(record, number, 40 + 5 * number, rollout_seconds=3.0, failed=number % 2)
-    event(record, 61, "rank-0:status", "train-0", text="step 5: rollouts 3/8")
-    status = read_status(record, "RUNNING")
+    event(record, 61, "rank-0:status", "train-0", text="step 5/10: rollouts 3/4")
+    event(record, 61, "rank-1:status", "train-1", text="step 5/10: rollouts 1/4")
+    status = read_status(record, Standing("RUNNING"))
     told = stages(status)
     assert (told["vLLM"].state, told["vLLM"].seconds) == ("done", 29.5)
     assert (told["evaluation before"].state, told["evaluation before"].seconds) == ("done", 7.0)
     assert told["evaluation before"].detail == "counter 0.500"
-    assert (told["training"].state, told["training"].detail) == ("running", "step 4/10, step 5: rollouts 3/8")
+    assert (told["training"].state, told["training"].detail) == ("running", "step 4/10, step 5/10: rollouts 4/8")
     assert (status.step, status.reward, status.rewards) == (4, 0.4, {"counter": 0.4})
     assert status.time_left_s == 30.0
     assert status.tokens_per_s == 20.0
@@ -133,7 +135,7 @@ def test_a_finished_job_has_all_stages_done_and_a_fixed_duration(record: JobReco
         event(record, 105, f"rank-{node[-1]}:exited", node, exit_code=0, signal=None)
     event(record, 106, "outcome", kind="completed")
     Outcome("completed").write(tmp_path, tmp_path / "attempts" / "1")
-    status = read_status(record, "COMPLETED")
+    status = read_status(record, Standing("COMPLETED"))
     assert {stage.state for stage in status.stages} == {"done"}
     assert stages(status)["export"].seconds == 5.0
     assert (status.seconds, status.outcome, status.time_left_s) == (106.0, "COMPLETED", None)
@@ -145,7 +147,7 @@ def test_a_failed_job_says_the_first_cause_and_where_it_stood(record: JobRecord,
     event(record, 9, "vllm-0:restarting", restarts=1, cause="exit code 1: no memory")
     failure = Failure("rollout", "rollout-0", "vllm-0", "no memory", "/a.log", 1, START + 20, exit_code=1)
     Outcome("failed", failure=failure).write(tmp_path, tmp_path / "attempts" / "1")
-    status = read_status(record, "FAILED")
+    status = read_status(record, Standing("FAILED"))
     assert stages(status)["vLLM"].state == "failed"
     assert stages(status)["training"].state == "waiting"
     assert status.outcome == f"FAILED: {failure.sentence()}"
@@ -155,17 +157,17 @@ def test_a_failed_job_says_the_first_cause_and_where_it_stood(record: JobRecord,
 def test_reader_reads_on_leaves_torn_lines_and_turns_to_the_next_attempt(record: JobRecord, tmp_path: Path) -> None:
     reader = StatusReader(record)
     begin(record)
-    assert reader.read("RUNNING").attempt == 1
+    assert reader.read(Standing("RUNNING")).attempt == 1
     step(record, 1, 50)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"attempt": 1, "step": 2, "ti')
-    assert reader.read("RUNNING").step == 1
+    assert reader.read(Standing("RUNNING")).step == 1
     with (tmp_path / "metrics.jsonl").open("a") as file:
         # The attempt was killed in the middle of the line; the next one begins on a fresh line.
         file.write("\n")
     event(record, 100, "joined", "rollout-0", attempt=2)
     step(record, 3, 150, attempt=2)
-    status = reader.read("RUNNING")
+    status = reader.read(Standing("RUNNING"))
     assert (status.attempt, status.step) == (2, 3)
     assert stages(status)["nodes"].detail == "1/3"
 
@@ -173,11 +175,12 @@ def test_reader_reads_on_leaves_torn_lines_and_turns_to_the_next_attempt(record:
 def test_lines_are_printed_once_per_change(record: JobRecord) -> None:
     reader, printer = StatusReader(record), LinePrinter()
     begin(record)
-    first = printer.new_lines(reader.read("RUNNING"))
+    first = printer.new_lines(reader.read(Standing("RUNNING")))
     assert any("nodes: done" in line and "3/3" in line for line in first)
-    assert printer.new_lines(reader.read("RUNNING")) == []
+    assert printer.new_lines(reader.read(Standing("RUNNING"))) == []
     ready(record)
-    assert any("vLLM: done in 29.5 s, 2/2 ready" in line for line in printer.new_lines(reader.read("RUNNING")))
+    lines = printer.new_lines(reader.read(Standing("RUNNING")))
+    assert any("vLLM: done in 29.5 s, 2/2 ready" in line for line in lines)
 
 
 def test_view_shows_stages_and_training(record: JobRecord) -> None:
@@ -188,7 +191,7 @@ def test_view_shows_stages_and_training(record: JobRecord) -> None:
     step(record, 1, 50)
     step(record, 2, 55)
     console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
-    console.print(view(read_status(record, "RUNNING")))
+    console.print(view(read_status(record, Standing("RUNNING"))))
     text = console.export_text()
     for told in ("vLLM", "2/2 ready", "counter 0.200", "20 tokens/s", "40.0 s left"):
         assert told in text
@@ -200,8 +203,8 @@ def test_reading_on_costs_nothing_after_many_steps(record: JobRecord) -> None:
     for number in range(1, 5001):
         step(record, number, 50 + number)
     reader = StatusReader(record)
-    reader.read("RUNNING")
+    reader.read(Standing("RUNNING"))
     began = time.perf_counter()
     for _ in range(20):
-        reader.read("RUNNING")
+        reader.read(Standing("RUNNING"))
     assert (time.perf_counter() - began) / 20 < 0.02

@@ -1,0 +1,60 @@
+"""Why the attempts of a run before the last one ended: what a person wants to know in the morning."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hpc_gym.jobs.json_lines import JsonLines
+from hpc_gym.protocol.attempt import Outcome
+
+_TAIL = 1 << 16
+
+
+@dataclass(frozen=True)
+class AttemptEnd:
+    """How an attempt ended. Times are seconds since the epoch; None: nothing tells."""
+
+    attempt: int
+    kind: str
+    """As in `Outcome`, or `unknown` where the attempt could not say: its first node was lost, say."""
+    sentence: str
+    began: float | None
+    ended: float | None
+
+
+@dataclass
+class EarlierAttempts:
+    """The attempts of a run that are over because another came after them; each is read once."""
+
+    folder: Path
+    """`attempts/` of the run directory."""
+    _known: dict[int, AttemptEnd] = field(default_factory=dict)
+
+    def before(self, attempt: int) -> tuple[AttemptEnd, ...]:
+        """The attempts before that one, in order."""
+        for number in range(1, attempt):
+            if number not in self._known and (self.folder / str(number)).is_dir():
+                self._known[number] = _end_of(self.folder / str(number), number)
+        return tuple(self._known[number] for number in sorted(self._known) if number < attempt)
+
+
+def _end_of(folder: Path, number: int) -> AttemptEnd:
+    path = folder / "events.jsonl"
+    began = next(_moments(JsonLines(path)), None)
+    ended = began
+    with contextlib.suppress(OSError):
+        # Only the last events: there may be very many.
+        size = path.stat().st_size
+        ended = max(_moments(JsonLines(path, max(0, size - _TAIL))), default=began)
+    outcome = Outcome.read(folder)
+    if outcome is None:
+        sentence = "it could not say why; so it is when its first node is lost, and Slurm requeues the job by itself"
+        return AttemptEnd(number, "unknown", sentence, began, ended)
+    return AttemptEnd(number, outcome.kind, outcome.sentence(), began, ended)
+
+
+def _moments(events: JsonLines) -> Iterator[float]:
+    return (float(event["time"]) for event in events.new() if isinstance(event.get("time"), int | float))
