@@ -33,6 +33,8 @@ class EnvironmentHealth(msgspec.Struct, frozen=True, kw_only=True):
     gym_total: int
     missing: str
     """What of NeMo Gym is not there; empty when all of it is."""
+    judge: str
+    """How the judge stands that is asked there; empty where there is none."""
     judged: int
 
 
@@ -102,11 +104,8 @@ class EnvironmentNodes:
     def status(self) -> str:
         up = sum(node.health is not None for node in self._nodes)
         of = f"{up}/{len(self._nodes)} environment nodes"
-        # While NeMo Gym is complete everywhere, what is still missing is the judge that it asks.
-        waiting = {
-            node.health.status for node in self._nodes if node.health and not node.ready and not node.health.missing
-        }
-        return ", ".join([f"NeMo Gym {self.answering}/{self.total or '?'} servers ready on {of}", *sorted(waiting)])
+        judges = {node.health.judge for node in self._nodes if node.health and node.health.judge}
+        return ", ".join([f"NeMo Gym {self.answering}/{self.total or '?'} servers ready on {of}", *sorted(judges)])
 
     def missing(self) -> str:
         found = [f"{node.health.missing} on {node.name}" if node.health else node.name

@@ -85,13 +85,15 @@ class EnvironmentServer:
 
     def health(self) -> EnvironmentHealth:
         """How things stand, without asking anybody."""
+        judge = self.judge.status() if self.judge else ""
         return EnvironmentHealth(
             ready=self.gym.ready and (self.judge is None or self.judge.up),
             nonce=self.nonce,
-            status=", ".join([self.gym.status(), *([self.judge.status()] if self.judge else [])]),
+            status=", ".join(filter(None, [self.gym.status(), judge])),
             gym_ready=self.gym.answering,
             gym_total=self.gym.total,
             missing="" if self.gym.ready else self.gym.missing(),
+            judge=judge,
             judged=self.judge.answered if self.judge else 0,
         )
 
