@@ -22,7 +22,7 @@ from hpc_gym.training.evaluation import Evaluator
 from hpc_gym.training.metrics import Recorder
 from hpc_gym.training.policy import PolicyWeights
 from hpc_gym.training.ranks import Ranks
-from hpc_gym.training.rollouts import RolloutFunction, RolloutStatistics
+from hpc_gym.training.rollouts import RolloutFunction
 from hpc_gym.training.stopping import StopSignal
 
 # TRL's names of what a reader of metrics.jsonl wants, and ours.
@@ -210,7 +210,7 @@ class StepCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._began = time.monotonic()
         self._weights_before = self._weights.seconds
-        self._rollouts.statistics = RolloutStatistics()
+        self._rollouts.reset()
         self.trainer.policy_difference = PolicyDifference()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -267,6 +267,7 @@ class StepCallback(TrainerCallback):
             "truncated": statistics.truncated,
             "tokens": statistics.tokens,
             "turns": statistics.turns,
+            **({"first_draw": draws.first, "last_draw": draws.last} if (draws := self._rollouts.draws) else {}),
         }
 
 
