@@ -22,8 +22,9 @@ from hpc_gym.node.endpoints import Endpoints
 from hpc_gym.node.link import Link
 from hpc_gym.node.log_pump import LogPump
 from hpc_gym.node.placeholders import wanted_endpoints
-from hpc_gym.node.precheck import unfit
+from hpc_gym.node.precheck import full, unfit
 from hpc_gym.node.process import End, ManagedProcess
+from hpc_gym.node.reach import Reach
 from hpc_gym.node.shared_memory import SharedMemory
 from hpc_gym.node.signals import STOP_SIGNALS
 from hpc_gym.node.stall import keep_evidence
@@ -58,17 +59,20 @@ class NodeRunner:
         }
         self._link = Link(*context.coordinator, context.secrets.token, hello, context.plan.supervision, self._take)
         self._bonds = Bonds(self._processes, self._link.send)
+        self._reach = Reach(context)
 
     async def run(self) -> Outcome:
         """Runs the node until the coordinator has said how the attempt ended, or is gone."""
         self._handle_signals()
-        self._link.send({"type": "endpoints", "endpoints": self._endpoints.open()})
+        self._link.send({"type": "endpoints", "endpoints": self._endpoints.open() | self._reach.open()})
         coordinator = self._coordinate()
         link = asyncio.create_task(self._keep_link(), name="link")
         look = asyncio.create_task(self._look(), name="look")
         processes = self._processes if await self._is_fit() else []
         keepers = [asyncio.create_task(self._keep_or_fail(each), name=each.spec.name) for each in processes]
+        reach = asyncio.create_task(self._check_reach(), name="reach")
         await self._stopping.wait()
+        reach.cancel()
         stopped = time.monotonic()
         await self._release(keepers)
         look.cancel()
@@ -83,15 +87,29 @@ class NodeRunner:
         """Whether this node may start its processes; where not, the coordinator ends the attempt."""
         if self._context.plan.launch.kind == "local":
             return True
-        cause = await asyncio.to_thread(unfit, self._context)
-        if cause:
+        began = time.monotonic()
+        node, log = self._context.node, str(self._context.attempt_dir)
+        if cause := await asyncio.to_thread(full, self._context):
+            # Not this node's fault: without it, the next attempt would find the same.
+            self._link.send(failure_message("supervisor", self._failure("supervisor", node.role, cause, log)))
+        elif cause := await asyncio.to_thread(unfit, self._context):
             self._link.send({"type": "unfit", "cause": cause})
+        else:
+            self._report(None, "checked", seconds=round(time.monotonic() - began, 3))
         return not cause
+
+    async def _check_reach(self) -> None:
+        """Beside the start of the programs, which loading keeps busy for longer."""
+        if self._context.plan.launch.kind == "local":
+            return
+
+        def broken(rank: int, cause: str) -> None:
+            self._link.send({"type": "unreachable", "of": rank, "cause": cause})
+
+        await self._reach.check(broken, lambda found: self._report(None, "reached", **found))
 
     def _coordinate(self) -> asyncio.Task[Outcome] | None:
         context = self._context
-        else:
-            self._report(None, "checked", seconds=round(time.monotonic() - began, 3))
         if context.node.rank != 0:
             return None
         coordinator = Coordinator(context.plan, context.attempt, context.secrets.token)
@@ -131,16 +149,17 @@ class NodeRunner:
         kind = message.get("type")
         if kind == "endpoints":
             self._endpoints.learn(message["endpoints"])
+            self._reach.learn(message["endpoints"])
         elif kind == "checkpoint":
             for process in self._processes:
                 if process.spec.kind == "task":
                     process.signal_leader(signal.SIGUSR2)
+        elif kind == "restart":
+            self._bonds.take(message)
         elif kind == "stalled":
             self._evidence = asyncio.create_task(self._keep_evidence(), name="evidence")
         elif kind == "stop":
             self._stopping.set()
-        elif kind == "restart":
-            self._bonds.take(message)
         elif kind == "end":
             if not self._ended.done():
                 self._ended.set_result(Outcome.from_json(message["outcome"]))
@@ -167,11 +186,11 @@ class NodeRunner:
                 await self._endpoints.known(wanted_endpoints(spec, self._endpoints.names))
                 values = self._endpoints.values
                 run = await asyncio.to_thread(command, self._context, spec, values)
+                self._bonds.begin(process)
                 end = await process.live(run, values, restarts)
             except (OSError, KeyError) as error:
                 end = End(None, None, f"it could not be started: {_sentence(error)}", 0.0)
             if self._stopping.is_set():
-                self._bonds.begin(process)
                 return
             self._report(spec, "exited", exit_code=end.exit_code, signal=end.signal, seconds=end.seconds,
                          cpu_seconds=end.cpu_seconds)  # fmt: skip
@@ -183,11 +202,11 @@ class NodeRunner:
                 return
             delay = 0.0 if restarts == 0 else min(10.0, 2.0**restarts)
             restarts += 1
+            self._bonds.restart(process)
             self._report(spec, "restarting", restarts=restarts, delay=delay, cause=_what(end))
             await process.kill()
             await asyncio.sleep(delay)
 
-            self._bonds.restart(process)
     def _fail(self, process: ManagedProcess, end: End, restarts: int) -> None:
         spec = process.spec
         cause = end.cause
@@ -226,10 +245,11 @@ class NodeRunner:
             report=report,
         )
 
-    def _report(self, spec: Process, event: str, **fields: Any) -> None:
+    def _report(self, spec: Process | None, event: str, **fields: Any) -> None:
+        """Tells of a process; without one, of the node itself."""
         context = self._context
         head = {"time": time.time(), "attempt": context.attempt, "node": context.node.name}
-        head |= {"role": spec.role, "process": spec.name, "event": event}
+        head |= {"role": spec.role if spec else context.node.role, "process": spec.name if spec else "", "event": event}
         self._link.send({"type": "event", "event": head | fields})
 
     @contextlib.contextmanager
@@ -302,6 +322,7 @@ class NodeRunner:
         for process in self._processes:
             process.said.close()
         self._endpoints.close()
+        self._reach.close()
         await asyncio.to_thread(self._pump.close)
 
 

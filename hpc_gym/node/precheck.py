@@ -6,6 +6,7 @@ through the chosen interface.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import shutil
@@ -15,10 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hpc_gym.node.context import NodeContext
+from hpc_gym.protocol.attempt import FULL
 
 _GPU_FIELDS = "index,memory.used,memory.total,ecc.errors.uncorrected.volatile.total"
 _GPU_MEMORY_USED = 0.05
 """Share of a GPU's memory that may be in use before the job starts."""
+_CANARY_BYTES = 1 << 16
 _PRIVATE_BYTES = 1 << 28
 _SHARED_MEMORY_BYTES = 1 << 28
 _NVIDIA = Path("/dev/nvidiactl")
@@ -30,12 +33,29 @@ def unfit(context: NodeContext) -> str:
     return "; ".join(found)
 
 
+def full(context: NodeContext) -> str:
+    """Why no node can take part, as the shared storage has no room; "" where it has. Makes a file, for a moment."""
+    canary = context.attempt_dir / f".canary-{context.node.name}"
+    try:
+        with canary.open("wb") as file:
+            file.write(os.urandom(_CANARY_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno in FULL:
+            return f"{context.run_dir} has no room: {error.strerror}"
+    finally:
+        with contextlib.suppress(OSError):
+            canary.unlink()
+    return ""
+
+
 def _storage(context: NodeContext) -> Iterator[str]:
     """The run directory takes a file, and what the first node wrote at the start of the attempt is there."""
     canary = context.attempt_dir / f".canary-{context.node.name}"
     try:
         with canary.open("wb") as file:
-            file.write(os.urandom(4096))
+            file.write(os.urandom(_CANARY_BYTES))
             file.flush()
             os.fsync(file.fileno())
         canary.unlink()

@@ -24,8 +24,14 @@ from hpc_gym.node.readiness import Answer, ask_gym, ask_http, watchdog_overdue
 from hpc_gym.plan.plan import Process
 
 _PROBE_EVERY_S = 0.25
+_LOOK_EVERY_S = 1.0
+"""Between two looks at what shows without a probe."""
 _START_WITHIN_S = 3.0
 """How long the end of the job waits for a start that hangs."""
+_STATUS_AFTER_S = 0.3
+"""From a new status to its event, which tells the newest."""
+_STATUS_EVERY_S = 3.0
+"""Between such events of a process that is ready: many ranks in many days would fill the event log."""
 _EXIT_AFTER_FAILURE_S = 5.0
 """How long a process that said X_FAILURE may take to exit: teardown of NCCL or a profiler can hang for ever."""
 
@@ -90,13 +96,14 @@ class ManagedProcess:
         self._report = report
         self._started = 0.0
         self._status_due: asyncio.TimerHandle | None = None
-        self._stream: Stream | None = None
-
-    async def live(self, command: Command, values: Values, restarts: int) -> End:
-        """Runs one life; returns when its main process is dead (killed, if it hung), whatever else it left."""
         self.given_up: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Set from outside to end the life, with the cause."""
         self._status_told = float("-inf")
+        self._stream: Stream | None = None
+        self._stopping = False
+
+    async def live(self, command: Command, values: Values, restarts: int) -> End:
+        """Runs one life; returns when its main process is dead (killed, if it hung), whatever else it left."""
         await self.said.open()
         self._clear_socket(values)
         ended = await self._spawn(command)
@@ -117,7 +124,7 @@ class ManagedProcess:
                 await ended
         finally:
             watch.cancel()
-        return await self._end(*ended.result(), hung)
+        return await self._end(*ended.result(), cause)
 
     def _clear_socket(self, values: Values) -> None:
         # A server refuses to bind where the life before left its socket.
@@ -167,10 +174,12 @@ class ManagedProcess:
         ready_at = 0.0 if self.spec.ready is not None else self._started
         last_alive = self._started
         last_text = ""
+        servers: Mapping[int, str] = {}
+        next_probe = 0.0
         while True:
             every = _PROBE_EVERY_S if not ready_at else max(_PROBE_EVERY_S, self.spec.alive_within_s / 10)
             slept_at = time.monotonic()
-            await asyncio.sleep(every)
+            await asyncio.sleep(min(every, _LOOK_EVERY_S))
             if time.monotonic() - slept_at > every + 1.0:
                 # This process itself was held up (stopped, swapped out): signs of life are still to be read.
                 last_alive = time.monotonic()
@@ -178,10 +187,15 @@ class ManagedProcess:
             said = self.said.said
             if said.failure and time.monotonic() - said.failed_at > _EXIT_AFTER_FAILURE_S:
                 return said.failure
+            if gone := self._gone(servers):
+                return gone
+            if time.monotonic() < next_probe:
+                continue
+            next_probe = time.monotonic() + every - _PROBE_EVERY_S
             answer = await self._ask(values, bool(ready_at))
             now = time.monotonic()
             if answer.alive:
-                last_alive = now
+                last_alive, servers = now, answer.servers
             if not ready_at:
                 if answer.alive:
                     ready_at = now
@@ -208,6 +222,16 @@ class ManagedProcess:
             return await ask_http(self._socket_path(values), probe.path or "/health")
         target = values.fill(probe.target)
         return await ask_gym(int(target) if target.isdigit() else values.ports[target], self._own_pids)
+
+    def _gone(self, servers: Mapping[int, str]) -> str:
+        """Which of these servers, by pid, have died. NeMo Gym looks only once a minute; rollouts wait meanwhile."""
+        if self._stopping:
+            return ""
+        dead = [f"{name} (pid {pid})" for pid, name in servers.items() if self._is_dead(pid)]
+        return f"its server {', '.join(dead)} has died" if dead else ""
+
+    def _is_dead(self, pid: int) -> bool:
+        return pid not in self.members or self.members[pid].zombie
 
     def _hung(self, answer: Answer, ready_at: float, last_alive: float) -> str:
         if not self.spec.alive_within_s:
@@ -249,6 +273,7 @@ class ManagedProcess:
         """
         if self.leader is None:
             return
+        self._stopping = True
         leader = self.leader.pid
         self._ask_to_end([proc for proc in self._living() if proc.group == leader])
         asked: set[int] = set()
@@ -300,14 +325,16 @@ class ManagedProcess:
     def _on_said(self, field: str) -> None:
         said = self.said.said
         if field == "status":
-            # A trainer may say it many times a second; a reader needs the last one, about once a second.
+            # A trainer may say it many times a second; a reader needs the last one, now and then.
             if self._status_due is None:
-                self._status_due = asyncio.get_running_loop().call_later(0.3, self._report_status)
+                loop = asyncio.get_running_loop()
+                since = loop.time() - self._status_told if said.ready else _STATUS_EVERY_S
+                self._status_due = loop.call_later(max(_STATUS_AFTER_S, _STATUS_EVERY_S - since), self._report_status)
         elif field == "saving":
             self._report("saving" if said.saving else "saved")
         elif field == "failure":
             self._report("complained", cause=said.failure)
 
     def _report_status(self) -> None:
-        self._status_due = None
+        self._status_due, self._status_told = None, asyncio.get_running_loop().time()
         self._report("status", text=self.said.said.status)

@@ -141,7 +141,10 @@ class SlurmNodes:
         return self._wrote(corrected)
 
     def _wrote(self, outcome: Outcome) -> Outcome:
-        outcome.write(self._plan.run_dir, self._context.attempt_dir)
+        try:
+            outcome.write(self._plan.run_dir, self._context.attempt_dir)
+        except OSError as error:
+            print(f"the outcome could not be written to {self._context.attempt_dir}: {error.strerror}", flush=True)
         return outcome
 
     def _failure(self, cause: str, log: Path | None = None, rank: int = 0, code: int | None = None) -> Failure:
