@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hpc_gym.cli.build_view import Bars, Lines, progress_bars
-from hpc_gym.cli.live import duration
+from hpc_gym.cli.status_view import duration
 from hpc_gym.jobs.report import EDGE_STEPS, Gain, Report
 from hpc_gym.runtimes.install import Event
 

@@ -13,7 +13,8 @@ def resume(
     job: Job,
     overrides: Overrides = None,
     follow: Annotated[
-        bool, typer.Option("--follow", help="Show the job's stages until it ends. Ctrl-C detaches; the job goes on.")
+        bool,
+        typer.Option("--follow", help="Show its stages, steps and errors until it ends. Ctrl-C detaches: it goes on."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -35,4 +36,4 @@ def resume(
     if follow:
         from hpc_gym.cli.live import follow_job
 
-        raise typer.Exit(follow_job(resumed.record))
+        raise typer.Exit(follow_job(resumed.record, with_logs=True))

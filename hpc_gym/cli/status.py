@@ -42,6 +42,10 @@ def status(
         return
     from rich.console import Console
 
-    from hpc_gym.cli.live import view
+    from hpc_gym.cli.status_view import plain, view
 
-    Console(highlight=False).print(view(told))
+    console = Console(highlight=False)
+    if console.is_terminal:
+        console.print(view(told, encoding=console.encoding, width=console.width))
+    else:
+        typer.echo(plain(told), nl=False)

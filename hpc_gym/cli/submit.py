@@ -21,7 +21,10 @@ def submit(
         bool, typer.Option("--dry-run", help="Print the job script that would be submitted; write and submit nothing.")
     ] = False,
     follow: Annotated[
-        bool, typer.Option("--follow", help="Show the job's stages until it ends. Ctrl-C detaches; the job goes on.")
+        bool,
+        typer.Option(
+            "--follow", help="Show stages and telling log lines until it ends. Ctrl-C detaches; the job goes on."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -56,7 +59,7 @@ def submit(
     if follow:
         from hpc_gym.cli.live import follow_job
 
-        raise typer.Exit(follow_job(job.record))
+        raise typer.Exit(follow_job(job.record, with_logs=True))
 
 
 def _say(job: HpcgymJob, follow: bool) -> None:

@@ -31,7 +31,7 @@ _ERROR = re.compile(
 _NUMBERS = re.compile(rb"\d+|0x[0-9a-f]+")
 
 
-class _Line(NamedTuple):
+class LogLine(NamedTuple):
     """A line taken apart: who wrote it, what it says without stamp, writer and logger, whether that is an error."""
 
     writer: bytes
@@ -39,7 +39,8 @@ class _Line(NamedTuple):
     is_error: bool
 
     @classmethod
-    def of(cls, line: bytes) -> _Line:
+    def of(cls, line: bytes) -> LogLine:
+        """Takes apart a line as it stands in its file."""
         text = line[STAMP_LENGTH + 1 :] if line[STAMP_LENGTH - 1 : STAMP_LENGTH + 1] == b"Z " else line
         writer = b""
         if text[:1] == b"(" and (match := _WRITER.match(text)):
@@ -62,7 +63,12 @@ class Block:
 
     def kind(self) -> bytes:
         """What is the same for repetitions of one error, on other ranks too."""
-        return self.file.role.encode() + _NUMBERS.sub(b"#", self.told)[:200]
+        return kind_of(self.file, self.told)
+
+
+def kind_of(file: LogFile, told: bytes) -> bytes:
+    """What is the same for repetitions of one error, on other ranks too."""
+    return file.role.encode() + _NUMBERS.sub(b"#", told)[:200]
 
 
 @dataclass
@@ -76,7 +82,7 @@ class _Reader:
     had_traceback: bool = False
     after: int = 0
 
-    def feed(self, raw: bytes, line: _Line) -> Block | None:
+    def feed(self, raw: bytes, line: LogLine) -> Block | None:
         """Takes the next line; gives a block that has ended with it, or before it."""
         starts = _TRACEBACK in line.text
         if self.block is None:
@@ -94,7 +100,7 @@ class _Reader:
             return self.end()
         return None
 
-    def _begin(self, raw: bytes, line: _Line, starts: bool) -> None:
+    def _begin(self, raw: bytes, line: LogLine, starts: bool) -> None:
         if not starts and not line.is_error:
             self.recent.append(raw)
             return
@@ -103,7 +109,7 @@ class _Reader:
         self.after = _AFTER
         self.recent.clear()
 
-    def _go_on(self, line: _Line, starts: bool) -> None:
+    def _go_on(self, line: LogLine, starts: bool) -> None:
         assert self.block is not None
         if starts:
             self.in_traceback = self.had_traceback = True
@@ -138,7 +144,7 @@ def error_blocks(rounds: Iterable[Round]) -> Iterator[Block]:
 
     for each in rounds:
         for file, raw in each.in_order():
-            line = _Line.of(raw)
+            line = LogLine.of(raw)
             if (reader := readers.get((file.path, line.writer))) is None:
                 key = (file.path, line.writer if len(readers) < _MOST_WRITERS else b"")
                 reader = readers.setdefault(key, _Reader(file))

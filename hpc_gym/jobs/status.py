@@ -73,6 +73,8 @@ class Status:
     """Since it was finished, to now or to the job's end."""
     notes: tuple[str, ...]
     """What a person should know: restarts, hung processes, lost nodes; the latest last."""
+    stopping: str
+    """Why the attempt is being stopped, or was; "" while it is not."""
     outcome: str | None
     """How the last attempt, or the job without one, ended: one sentence with the first cause. None while it runs."""
 
@@ -140,6 +142,7 @@ class StatusReader:
             checkpoint=checkpoint,
             checkpoint_age_s=None if saved is None else max(0.0, now - saved),
             notes=tuple(progress.notes),
+            stopping=progress.stopping,
             outcome=outcome.sentence() if outcome else ended_without,
         )
 

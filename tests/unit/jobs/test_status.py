@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from job_plans import plan, service, task
 
-from hpc_gym.cli.live import LinePrinter, view
+from hpc_gym.cli.live import LinePrinter
+from hpc_gym.cli.status_view import view
 from hpc_gym.jobs.records import JobRecord, ProcessIdentity
 from hpc_gym.jobs.slurm import Standing
 from hpc_gym.jobs.stages import Stage
@@ -193,7 +194,7 @@ def test_view_shows_stages_and_training(record: JobRecord) -> None:
     console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
     console.print(view(read_status(record, Standing("RUNNING"))))
     text = console.export_text()
-    for told in ("vLLM", "2/2 ready", "counter 0.200", "20 tokens/s", "40.0 s left"):
+    for told in ("vLLM", "2/2 ready", "counter  0.200  ▁█  0.10 to 0.20", "20 tokens/s", "40.0 s left"):
         assert told in text
 
 
