@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,10 +21,13 @@ ANSWER_WITHIN_S = 5.0
 
 @dataclass(frozen=True)
 class Answer:
-    """`alive`: it answered as it should. `text` says how far it is, or what is wrong."""
+    """`alive`: it answered as it should. `text` says how far it is, or what is wrong. `servers`: names of those behind
+    it that answered too, by pid.
+    """
 
     alive: bool
     text: str = ""
+    servers: Mapping[int, str] = field(default_factory=dict)
 
 
 async def ask_http(path: Path, url_path: str) -> Answer:
@@ -70,7 +73,9 @@ async def ask_gym(port: int, own_pids: Callable[[], Collection[int]]) -> Answer:
     answers = await asyncio.gather(*(_answers(url) for _, _, url in servers))
     missing = [name for (name, _, _), good in zip(servers, answers, strict=True) if not good]
     text = f"{sum(answers)} / {len(servers)} servers"
-    return Answer(not missing, f"{text}, waiting for {', '.join(missing)}" if missing else text)
+    if missing:
+        return Answer(False, f"{text}, waiting for {', '.join(missing)}")
+    return Answer(True, text, {pid: name for name, pid, _ in servers})
 
 
 def watchdog_overdue(said: Said, since: float, alive_within_s: float) -> str:

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import small_jobs
-from small_jobs import FOREVER, Job, service, task
+from small_jobs import FOREVER, Job, ended_within, service, task
 
 from hpc_gym.plan.plan import ConfigFile, Probe, Process
 
@@ -123,6 +124,40 @@ def test_a_hung_service_is_restarted_where_it_may_be_and_its_old_socket_is_no_ob
     run.until(lambda: len(run.events("ready", "vllm-0")) == 2)
     (run.run_dir / "enough").touch()
     assert run.wait() == 0
+
+
+def test_nemo_gym_is_started_again_at_once_when_one_of_its_servers_dies(job: MakeJob) -> None:
+    behind = HEAD.replace("print(", "import subprocess; server = subprocess.Popen(['sleep', '600'])\nprint(")
+    made = head("{port:gym-head}", ready_within_s=20.0, alive_within_s=300.0, restarts=1)
+    made = replace(made, argv=tuple(behind.replace("os.getpid()", "server.pid") if a == HEAD else a for a in made.argv))
+    run = job([made], [task("rank-0", WAITS_FOR)]).start()
+    run.until(lambda: run.events("ready", "gym"))
+    server = next(each for each in psutil.Process(run.pid("gym")).children() if each.name() == "sleep")
+    server.kill()
+    killed = time.time()
+    again = run.until(lambda: run.events("restarting", "gym"))[0]
+    assert again["time"] - killed < 5
+    assert again["cause"] == f"its server agent (pid {server.pid}) has died"
+    run.until(lambda: len(run.events("ready", "gym")) == 2)
+    (run.run_dir / "enough").touch()
+    assert run.wait() == 0
+    assert not run.events("hung", "gym")[1:]
+
+
+def test_a_rank_that_failed_and_hangs_in_its_teardown_is_not_waited_for(job: MakeJob) -> None:
+    hangs = """
+import time
+from hpc_gym.protocol.notify import notify
+notify(READY=1)
+time.sleep(1)
+notify(X_FAILURE='ValueError: no such reward')
+time.sleep(600)
+"""
+    run = job([task("rank-0", hangs, ready=Probe("notify"), alive_within_s=1800.0)], [task("rank-1", FOREVER)]).start()
+    complained = run.until(lambda: run.events("complained", "rank-0"))[0]["time"]
+    assert run.wait() == 1
+    assert (run.failure().process, run.failure().cause) == ("rank-0", "ValueError: no such reward")
+    assert ended_within(run, complained, 15.0)
 
 
 def test_a_deadline_that_passes_names_the_process_and_how_far_it_was(job: MakeJob) -> None:
