@@ -57,7 +57,21 @@ def test_vllm_understands_every_flag(project: Project) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    parsed = json.loads(done.stdout.rpartition("PARSED")[2])
+    found: list[dict[str, Any]] = json.loads(done.stdout.rpartition("PARSED")[2])
+    return found
+
+
+def test_vllm_understands_every_flag(project: Project) -> None:
+    more = (
+        "vllm:\n  enable_prefix_caching: false\n  limit_mm_per_prompt: {image: 5}\n"
+        "  max_num_seqs: 8\n  gpu_memory_utilization: 0.5\n  disable_log_stats: true\n"
+    )
+    spread = ["vllm.nnodes=2", "vllm.tensor_parallel_size=2", "vllm.pipeline_parallel_size=2", "nodes.rollout=2"]
+    plan = project.plan(*spread)
+    parsed, *parts = parsed_by_vllm(
+        process(project.plan(more=more), "vllm-0"), process(plan, "vllm-0"), process(plan, "vllm-headless")
+    )
+    assert [(part["nnodes"], part["node_rank"], part["headless"]) for part in parts] == [(2, 0, False), (2, 1, True)]
     assert parsed["model_tag"] == str(project.folder / "model")
     assert parsed["uds"] == "{private_dir}/vllm-0.sock"
     assert parsed["max_model_len"] == 2048
