@@ -17,6 +17,14 @@ Value = TypeVar("Value")
 
 WATCHDOG_S = 2.0
 POLL_S = 0.001
+_SMALL = 1 << 18
+"""Numbers in the all-reduce that is tried first: 1 MiB."""
+_SMALL_WITHIN_S = 60.0
+"""NCCL makes its connections in it: seconds, for hundreds of ranks."""
+
+
+class CollectiveFailed(Exception):
+    """The ranks cannot work together."""
 
 
 class Ranks:
@@ -70,6 +78,26 @@ class Ranks:
         work.wait()
         reduced: list[float] = tensor.tolist()
         return reduced
+
+
+def check_collectives(ranks: Ranks) -> float:
+    """A small all-reduce of all ranks by the way that gradients will go, while the rollout nodes load; the seconds it
+    took. Raises CollectiveFailed where it gives a wrong sum or does not end in time: without this, the first step would
+    wait for half an hour.
+    """
+    tensor = torch.ones(_SMALL, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    ranks.barrier()
+    began = time.monotonic()
+    work = dist.all_reduce(tensor, async_op=True)
+    where = f"{dist.get_backend()} over {ranks.world_size} ranks (cluster.network_interface chooses its interface)"
+    while not work.is_completed():
+        if time.monotonic() - began > _SMALL_WITHIN_S:
+            raise CollectiveFailed(f"a small all-reduce by {where} did not end within {_SMALL_WITHIN_S:g} s")
+        time.sleep(POLL_S)
+    work.wait()
+    if not bool((tensor == ranks.world_size).all()):
+        raise CollectiveFailed(f"a small all-reduce by {where} gave a wrong sum: a GPU or a link is broken")
+    return time.monotonic() - began
 
 
 def start_distributed(timeout_s: float) -> bool:
