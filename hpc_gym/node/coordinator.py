@@ -4,7 +4,8 @@ It runs beside the supervisor of node rank 0, which talks to it over TCP like al
 with a `type`:
 
 * to the coordinator: `heartbeat`, `endpoints`, `event`, `ended` (a task ended well), `complained`, `failed`,
-  `saving`, `signal`, `unfit`, `restart` (of what lives together), `released`;
+  `saving`, `signal`, `unfit`, `unreachable` (another node, from this one), `restart` (of what lives together),
+  `released`;
 * from it: `heartbeat`, `ask` (for a heartbeat at once), `endpoints` (of all nodes), `restart` (as it came),
   `checkpoint` (tasks save and stop), `stop`, `end` (the outcome).
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 from hpc_gym.node import scontrol
 from hpc_gym.node.channel import LONGEST, Channel, Message, accept
 from hpc_gym.node.journal import Journal
+from hpc_gym.node.reach import culprit
 from hpc_gym.node.stall import StepWatch
 from hpc_gym.node.verdict import Task, Verdict
 from hpc_gym.plan.plan import Plan
@@ -34,6 +36,8 @@ _ASK_SLURM_FOR_S = 1.0
 _WRITE_WITHIN_S = 5.0
 """How long the outcome is kept from the nodes while a file system hangs."""
 _EVIDENCE_WITHIN_S = 40.0
+_OTHERS_MAY_TELL_S = 3.0
+"""From the first connection between nodes that fails: who is at fault is seen from all that do."""
 _SETTLE_S = 0.5
 """After the first failure: a rank that lost its peer is often faster to report than the one that died."""
 _SETTLE_COLLATERAL_S = 1.5
@@ -68,6 +72,8 @@ class Coordinator:
         self._verdict = Verdict(tasks)
         self._changed = asyncio.Event()
         self._seen: set[str] = set()
+        self._broken: list[tuple[int, int, str]] = []
+        """Ranks of which one does not reach the other, and why."""
         self._orders: list[Message] = []
         """What was ordered so far, for a node that joins only now."""
         self._started = time.monotonic()
@@ -237,6 +243,10 @@ class Coordinator:
             self._without_evidence.discard(peer.rank)
         elif kind == "unfit":
             self._lose(peer.rank, peer.host, f"not fit for the job: {message['cause']}", "unfit")
+        elif kind == "unreachable":
+            self._broken.append((peer.rank, int(message["of"]), str(message["cause"])))
+            if len(self._broken) == 1:
+                asyncio.get_running_loop().call_later(_OTHERS_MAY_TELL_S, self._lose_unreachable)
         elif kind == "released":
             peer.released = True
             self._record("released", rank=peer.rank, seconds=message["seconds"])
@@ -333,6 +343,14 @@ class Coordinator:
         if any(task[0] == rank for task in self._saving):
             self._saving.clear()
         self._record(event, rank=rank, cause=cause)
+
+    def _lose_unreachable(self) -> None:
+        """The node that most of the broken connections have in common is the bad one."""
+        rank = culprit([(source, target) for source, target, _ in self._broken])
+        cause = next(cause for source, target, cause in self._broken if rank in (source, target))
+        host = self._peers[rank].host if rank in self._peers else ""
+        self._lose(rank, host, f"not fit for the job: {cause}", "unfit")
+        self._changed.set()
 
     def _registry(self) -> Message:
         return {"type": "endpoints", "endpoints": {str(rank): found for rank, found in self._endpoints.items()}}

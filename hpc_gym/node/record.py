@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hpc_gym.protocol.attempt import write_whole
+from hpc_gym.protocol.files import write_whole
 
 MANIFEST = "manifest.json"
 _ASKING_MAY_TAKE_S = 10.0
