@@ -15,6 +15,7 @@ import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
@@ -28,10 +29,12 @@ from hpc_gym.rollout.serving import GONE, until_gone
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
+POLL_OUTSIDE_S = 5.0
 ASK_S = 5.0
 KEEP_ALIVE_S = 3.0
 """uvicorn, under vLLM, closes idle connections after 5 s: let go of them before that."""
 _TABLE = Path("/proc/net/tcp")
+_REFUSED = "the judge refused the key (judge.api_key_env)"
 
 
 def peer_uid(client_port: int, server_port: int, table: str) -> int | None:
@@ -48,12 +51,14 @@ def peer_uid(client_port: int, server_port: int, table: str) -> int | None:
 
 @dataclass(eq=False)
 class _Server:
-    """Something that answers as the judge. `health`: what to ask whether it is there; None: it is taken to be."""
+    """Something that answers as the judge. `health`: what to ask whether it is there."""
 
     name: str
     base: str
-    health: str | None
+    health: str
     session: aiohttp.ClientSession
+    outside: bool = False
+    """Whoever answers is there; it is not asked again and again, others run it."""
     up: bool = False
     asked: int = 0
     """Requests under way."""
@@ -61,7 +66,7 @@ class _Server:
 
 class JudgeEndpoint:
     """Serves `chat/completions`, `completions`, `responses` and `models` as the judge does. `answered` counts its
-    answers, `up` says whether one is there; an address outside is taken to be.
+    answers, `up` says whether one is there, `trouble` what went wrong since it answered last: empty, or a sentence.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class JudgeEndpoint:
         if judge.api_key_env and judge.api_key_env not in secrets:
             raise ValueError(f"judge.api_key_env: {judge.api_key_env} was not set when the job was submitted")
         self.answered = 0
+        self.trouble = ""
         self._judge = judge
         self._key = secrets[judge.api_key_env] if judge.api_key_env else ""
         self._socket = f"{private_dir}/judge.sock"
@@ -82,13 +88,15 @@ class JudgeEndpoint:
 
     @property
     def up(self) -> bool:
-        return self._judge.url is not None or any(server.up for server in self._made)
+        return any(server.up for server in self._made)
 
     def status(self) -> str:
         """How it stands, for people."""
         if len(self._nodes) > 1 and (up := sum(server.up for server in self._made)):
             return f"judge {up}/{len(self._nodes)} ready"
-        return "judge ready" if self.up else "judge loading"
+        if self.up:
+            return "judge ready"
+        return self.trouble if self._judge.url and self.trouble else "judge loading"
 
     def routes(self, prefix: str) -> list[Route]:
         """The routes below `prefix` on a loopback listener."""
@@ -118,19 +126,23 @@ class JudgeEndpoint:
 
     async def _watch(self, server: _Server) -> None:
         while True:
-            if server.health is not None:
-                await self._look(server, server.health)
-            await asyncio.sleep(POLL_S)
+            if not (server.outside and server.up):
+                await self._look(server)
+            await asyncio.sleep(POLL_OUTSIDE_S if server.outside else POLL_S)
 
-    async def _look(self, server: _Server, health: str) -> None:
+    async def _look(self, server: _Server) -> None:
         timeout = aiohttp.ClientTimeout(total=ASK_S)
         try:
-            async with server.session.get(health, timeout=timeout) as answer:
-                up = answer.status == 200
-        except (aiohttp.ClientError, OSError, TimeoutError):
-            up = False
-        if up != server.up:
-            log.log(logging.INFO if up else logging.WARNING, "%s %s", server.name, "is ready" if up else "is lost")
+            async with server.session.get(server.health, timeout=timeout, allow_redirects=False) as answer:
+                # An address outside may know no such path; who refuses the key refuses every question.
+                up = answer.status == 200 or (server.outside and answer.status < 500 and answer.status != 401)
+                why = _REFUSED if answer.status == 401 else f"{server.name} answers with {answer.status}"
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            up, why = False, f"{server.name} cannot be reached ({_why(error)})"
+        if up != server.up or (server.outside and not up and why != self.trouble):
+            log.log(logging.INFO if up else logging.WARNING, "%s", f"{server.name} is ready" if up else why)
+        if server.outside:
+            self.trouble = "" if up else why
         server.up = up
 
     async def _health(self, _: Request) -> Response:
@@ -145,8 +157,9 @@ class JudgeEndpoint:
         return await self._forward(path, request)
 
     async def _forward(self, path: str, request: Request) -> Response:
-        """Statuses of the judge go back as they are. NeMo Gym asks again after 503 (nemo-gym 0.4.0,
-        `openai_utils.py`), which is right while a judge restarts, and not after 424.
+        """NeMo Gym (0.4.0, `openai_utils.py`) asks again after 429 and 5xx, which go back as they are: right while a
+        judge restarts. A 400 it takes for a verdict (`vllm_model/app.py`: too long a question gets an empty answer,
+        which verifiers read as "different"), so what the judge cannot judge goes back as 424 and fails the rollout.
         """
         data = await request.body() or None
         try:
@@ -169,26 +182,39 @@ class JudgeEndpoint:
                 ) as answer:
                     body = await answer.read()
             except TimeoutError:
-                return _problem(424, f"the judge did not answer within {self._judge.timeout_s:.0f} s")
+                return self._troubled(424, f"the judge did not answer within {self._judge.timeout_s:.0f} s")
             except (aiohttp.ClientError, OSError) as error:
                 # The same question to another is the same question: nothing was changed by asking.
-                log.warning("%s could not be asked: %s", server.name, type(error).__name__)
-                server.up = server.health is None
+                self._troubled(503, f"{server.name} could not be asked ({_why(error)})")
+                server.up = False
                 continue
             finally:
                 server.asked -= 1
+            server.up = True
             return self._passed_on(path, answer.status, answer.content_type, body)
         return _problem(503, "the judge could not be asked; it may be starting")
 
+    def _troubled(self, status: int, text: str) -> Response:
+        log.warning("%s", text)
+        self.trouble = text
+        return _problem(status, text)
+
     def _passed_on(self, path: str, status: int, content_type: str, body: bytes) -> Response:
+        words = body[:300].decode(errors="replace")
+        if status == 200 and not _is_answer(path, body):
+            return self._troubled(
+                424, f"the judge's answer to {path} is none of an OpenAI-compatible server: {words!r}"
+            )
         if status == 200:
             self.answered += 1
+            self.trouble = ""
         elif status in (401, 403):
             # Without its words: they may quote the key.
-            log.warning("the judge refused the key, with %d", status)
-            return _problem(status, "the judge refused the key (judge.api_key_env)")
+            return self._troubled(status, _REFUSED)
+        elif status == 400:
+            return self._troubled(424, f"the judge refused the question: {words}")
         else:
-            log.warning("the judge answered %s with %d: %s", path, status, body[:300].decode(errors="replace"))
+            self._troubled(status, f"the judge answered {path} with {status}: {words}")
         return Response(body, status, media_type=content_type)
 
     def _in_order(self) -> Iterable[_Server]:
@@ -207,7 +233,8 @@ class JudgeEndpoint:
             connector: aiohttp.BaseConnector = aiohttp.TCPConnector(limit=0)
             # An address outside may only be reached through the site's proxy.
             session = _session(connector, self._key, trust_env=True)
-            yield _Server("the judge", self._judge.url, None, session, up=True)
+            name = f"the judge at {urlsplit(self._judge.url).hostname}"
+            yield _Server(name, self._judge.url, f"{self._judge.url}/models", session, outside=True)
             return
         for node in self._nodes:
             connector = aiohttp.TCPConnector(limit=0)
@@ -216,6 +243,23 @@ class JudgeEndpoint:
         if not self._nodes:
             connector = aiohttp.UnixConnector(self._socket, limit=0, keepalive_timeout=KEEP_ALIVE_S)
             yield _Server("the judge", "http://judge/v1", "http://judge/health", _session(connector))
+
+
+def _is_answer(path: str, body: bytes) -> bool:
+    """Whether a body holds what NeMo Gym reads out of an answer to that path."""
+    wanted = {"chat/completions": "choices", "completions": "choices", "responses": "output"}.get(path)
+    if wanted is None:
+        return True
+    try:
+        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    except msgspec.MsgspecError:
+        return False
+    return bytes(fields.get(wanted, b"")).lstrip()[:1] == b"["
+
+
+def _why(error: Exception) -> str:
+    # Not its words: an address may stand in them.
+    return type(error).__name__
 
 
 def _session(connector: aiohttp.BaseConnector, key: str = "", trust_env: bool = False) -> aiohttp.ClientSession:

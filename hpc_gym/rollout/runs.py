@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -65,7 +65,10 @@ class Rollouts:
         gym: Gym,
         policy: PolicyEndpoint,
         max_concurrent: int,
+        trouble: Callable[[], str] = str,
     ) -> None:
+        """`trouble`: what keeps environments from an answer though they cannot say it, the judge's; empty: nothing."""
+        self._trouble = trouble
         self._environments = {environment.name: environment for environment in environments}
         self._replicas = replicas
         self._gym = gym
@@ -114,6 +117,7 @@ class Rollouts:
                 finally:
                     self._policy.close(conversation)
             except Failed as failed:
+                failed = self._explained(failed)
                 log.warning("%s: attempt %d/%d failed: %s", environment.name, attempt, environment.max_attempts, failed)
                 first = first or failed.reason
                 over = loop.time() + RETRY_S >= deadline or attempt >= environment.max_attempts
@@ -133,6 +137,14 @@ class Rollouts:
                     seconds=loop.time() - start,
                 )
         raise AssertionError("unreachable")
+
+    def _explained(self, failed: Failed) -> Failed:
+        """NeMo Gym says that a server of its own failed, or nothing until the deadline; the judge may be why."""
+        trouble = self._trouble()
+        if trouble and failed.reason.startswith(("agent_error", "deadline")):
+            code, _, rest = failed.reason.partition(":")
+            return Failed(f"{code}: {trouble};{rest}")
+        return failed
 
     async def _open(self, group: int, weight_version: int, deadline: float) -> Conversation:
         """A conversation, once there is a replica for it and NeMo Gym is there. Raises Failed when that takes too

@@ -93,7 +93,8 @@ class RolloutServer:
         self.gym = gym
         self.policy = policy
         self.judge = judge
-        self.rollouts = Rollouts(environments, self.replicas, self.gym, policy, max_concurrent)
+        trouble = (lambda: judge.trouble) if judge else str
+        self.rollouts = Rollouts(environments, self.replicas, self.gym, policy, max_concurrent, trouble)
         self.batches = Batches(self.rollouts)
         self.weights = Weights(self.replicas)
 

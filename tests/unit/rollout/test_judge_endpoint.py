@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import urllib.error
@@ -45,6 +46,7 @@ class Outside:
     def __init__(self) -> None:
         self.seen: list[tuple[str, bytes, str]] = []
         self.status = 200
+        self.body: bytes | None = None
         self.gate: asyncio.Event | None = None
 
     @property
@@ -56,7 +58,9 @@ class Outside:
         self.seen.append((request.url.path, await request.body(), key))
         if self.gate is not None and request.url.path != "/health":
             await self.gate.wait()
-        return JSONResponse({"said": key if self.status == 401 else "yes"}, self.status)
+        if self.body is not None:
+            return Response(self.body, self.status)
+        return JSONResponse({"said": key if self.status == 401 else "yes", "choices": []}, self.status)
 
     def app(self) -> Starlette:
         methods = ["GET", "POST"]
@@ -92,7 +96,7 @@ def test_a_request_goes_to_the_address_outside_with_its_key_and_nothing_else_cha
     outside = Outside()
     judge = Judge("big", 5, f"http://{served.start(outside.app())}/v1", "JUDGE_KEY")
     endpoint, url = endpoint_for(served, judge, tmp_path)
-    assert ask(f"{url}/chat/completions") == (200, {"said": "yes"})
+    assert ask(f"{url}/chat/completions") == (200, {"said": "yes", "choices": []})
     assert ask(f"{url}/models", None)[0] == 200
     assert outside.seen == [
         ("/v1/chat/completions", CHAT, f"Bearer {KEY}"),
@@ -104,14 +108,57 @@ def test_a_request_goes_to_the_address_outside_with_its_key_and_nothing_else_cha
     served.do(endpoint.close())
 
 
-@pytest.mark.parametrize("status", [400, 429, 500])
+@pytest.mark.parametrize("status", [429, 500])
 def test_the_judges_own_errors_go_back_as_they_are(served: Served, tmp_path: Path, status: int) -> None:
     outside = Outside()
     outside.status = status
     endpoint, url = endpoint_for(served, Judge("big", 5, f"http://{served.start(outside.app())}/v1"), tmp_path)
-    assert ask(f"{url}/chat/completions") == (status, {"said": "yes"})
+    assert ask(f"{url}/chat/completions") == (status, {"said": "yes", "choices": []})
     assert endpoint.answered == 0
     served.do(endpoint.close())
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (400, b'{"error": "maximum context length is 64 tokens"}', "refused the question.*maximum context length"),
+        (200, b"<html>Welcome to our proxy", "none of an OpenAI-compatible server.*Welcome"),
+        (200, b'{"detail": "no such model"}', "none of an OpenAI-compatible server.*no such model"),
+    ],
+)
+def test_what_the_judge_could_not_judge_is_no_verdict(
+    served: Served, tmp_path: Path, status: int, body: bytes, words: str
+) -> None:
+    outside = Outside()
+    outside.status, outside.body = status, body
+    endpoint, url = endpoint_for(served, Judge("big", 5, f"http://{served.start(outside.app())}/v1"), tmp_path)
+    answered, said = ask(f"{url}/chat/completions")
+    assert answered == 424, "NeMo Gym neither asks again after it nor takes it for an answer"
+    assert re.search(words, said["error"]["message"])
+    assert re.search(words, endpoint.trouble)
+    outside.status, outside.body = 200, None
+    assert ask(f"{url}/chat/completions")[0] == 200
+    assert endpoint.trouble == ""
+    served.do(endpoint.close())
+
+
+def test_an_address_outside_is_ready_when_somebody_answers_there_and_says_why_not_until_then(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpc_gym.rollout.judge.POLL_OUTSIDE_S", 0.1)
+    outside = Outside()
+    outside.status = 401
+    address = served.start(outside.app())
+    endpoint, _ = endpoint_for(served, Judge("big", 5, "http://127.0.0.1:9/v1"), tmp_path)
+    refused, _ = endpoint_for(served, Judge("big", 5, f"http://{address}/v1"), tmp_path)
+    served.watch(endpoint.watch())
+    served.watch(refused.watch())
+    served.until(lambda: "127.0.0.1 cannot be reached (ClientConnectorError)" in endpoint.status())
+    served.until(lambda: "refused the key (judge.api_key_env)" in refused.status())
+    assert not endpoint.up
+    assert not refused.up
+    outside.status = 404
+    served.until(lambda: refused.status() == "judge ready")
 
 
 def test_an_answer_that_quotes_the_key_is_not_passed_on(
@@ -172,7 +219,7 @@ def test_judges_on_nodes_of_their_own_share_the_work_and_a_dead_one_is_left_out(
         asked = [pool.submit(ask, url) for _ in range(6)]
         served.until(lambda: all(len(node.vllm.chats) == 3 for node in nodes))
         served.loop.call_soon_threadsafe(gate.set)
-        assert [each.result() for each in asked] == [(200, {"said": "yes"})] * 6
+        assert [each.result() for each in asked] == [(200, {"said": "yes", "choices": []})] * 6
     assert nodes[0].vllm.chats[0] == CHAT
 
     served.end(nodes[0].address)
@@ -211,7 +258,7 @@ def test_an_environment_node_asks_the_judge_of_a_rollout_node(served: Served, tm
     there = JudgeEndpoint(Judge("judge", 5), "", {}, [address], TOKEN)
     environment = EnvironmentServer(NemoGym(1), PolicyRelay([address], TOKEN, "policy", 5), there)
     url = f"http://{served.start(environment.loopback())}/judge/v1/chat/completions"
-    assert ask(url) == (200, {"said": "yes"})
+    assert ask(url) == (200, {"said": "yes", "choices": []})
     assert vllm.chats == [CHAT]
     alone = served.start(rollout.public(TOKEN))
     assert ask(f"http://{alone}/judge/v1/chat/completions", token=TOKEN)[0] == 404, "nobody needs it there"
