@@ -20,12 +20,16 @@ from hpc_gym.node.causes import cause_from_log
 from hpc_gym.node.log_pump import LogPump, Stream
 from hpc_gym.node.notifications import Notifications
 from hpc_gym.node.placeholders import Values
-from hpc_gym.node.readiness import Answer, ask_gym, ask_http, watchdog_overdue
+from hpc_gym.node.readiness import Answer, ask_gym, ask_http, refuses, watchdog_overdue
 from hpc_gym.plan.plan import Process
 
 _PROBE_EVERY_S = 0.25
 _LOOK_EVERY_S = 1.0
 """Between two looks at what shows without a probe."""
+_CLOSED_FOR_S = 3.0
+"""How long a server may take to end once it has closed its socket. vLLM whose engine has died waits for its clients to
+hang up, and they for its answer.
+"""
 _START_WITHIN_S = 3.0
 """How long the end of the job waits for a start that hangs."""
 _STATUS_AFTER_S = 0.3
@@ -175,7 +179,7 @@ class ManagedProcess:
         last_alive = self._started
         last_text = ""
         servers: Mapping[int, str] = {}
-        next_probe = 0.0
+        next_probe = closed_since = 0.0
         while True:
             every = _PROBE_EVERY_S if not ready_at else max(_PROBE_EVERY_S, self.spec.alive_within_s / 10)
             slept_at = time.monotonic()
@@ -189,6 +193,10 @@ class ManagedProcess:
                 return said.failure
             if gone := self._gone(servers):
                 return gone
+            closed_since = (closed_since or time.monotonic()) if ready_at and self._closed(values) else 0.0
+            if closed_since and time.monotonic() - closed_since > _CLOSED_FOR_S:
+                cause = await asyncio.to_thread(cause_from_log, self.log)
+                return f"it closed its socket and does not end: {cause}"
             if time.monotonic() < next_probe:
                 continue
             next_probe = time.monotonic() + every - _PROBE_EVERY_S
@@ -229,6 +237,12 @@ class ManagedProcess:
             return ""
         dead = [f"{name} (pid {pid})" for pid, name in servers.items() if self._is_dead(pid)]
         return f"its server {', '.join(dead)} has died" if dead else ""
+
+    def _closed(self, values: Values) -> bool:
+        """Whether a server on a Unix socket has stopped listening, though its process lives."""
+        if self._stopping or self.spec.ready is None or self.spec.ready.kind != "http":
+            return False
+        return refuses(self._socket_path(values))
 
     def _is_dead(self, pid: int) -> bool:
         return pid not in self.members or self.members[pid].zombie

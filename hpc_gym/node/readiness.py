@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -41,6 +42,18 @@ async def ask_http(path: Path, url_path: str) -> Answer:
     except (OSError, ValueError, TimeoutError) as error:
         return Answer(False, f"GET {url_path}: {str(error) or type(error).__name__}")
     return Answer(status == 200, f"GET {url_path} answered {status}")
+
+
+def refuses(path: Path) -> bool:
+    """Whether nothing listens on the Unix socket at `path`. Never waits: a server that is only busy does not refuse."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return True
+        except OSError:
+            pass
+    return False
 
 
 async def get_text(path: Path, url_path: str) -> str:
