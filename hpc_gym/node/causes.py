@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from hpc_gym.protocol.log_lines import parse_line
@@ -11,6 +12,8 @@ _TAIL = 1 << 16
 _LONGEST = 400
 _EXCEPTION = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit|Warning|Timeout|Refused)\b.*")
 _TRACEBACK = "Traceback (most recent call last)"
+_POINTS_ABOVE = "See stack trace (above) for the root cause"
+"""What vLLM's API server says of its engine, which died before."""
 
 # What torch (c10d's store, gloo, NCCL), DeepSpeed, aiohttp and our own client say when another process is gone. That is
 # never the first cause.
@@ -27,22 +30,25 @@ _COLLATERAL = re.compile(
 
 
 def cause_from_log(path: Path, unwritten: bytes = b"") -> str:
-    """The exception that the last traceback in the log ends with; else its last line; "" when there is none.
-    `unwritten`: what came after the log's end and found no room in it.
+    """The exception that the last traceback in the log ends with, or the one before it that it points to; else the
+    last line; "" when there is none. `unwritten`: what came after the log's end and found no room in it.
     """
     lines = last_lines(path) + _texts(unwritten.splitlines())
-    starts = [number for number, line in enumerate(lines) if _TRACEBACK in line]
-    if starts:
-        # Prefixes such as "[rank1]: " or "(EngineCore pid=7) " stand before every line of a traceback.
-        prefix = lines[starts[-1]].partition(_TRACEBACK)[0]
-        for line in lines[starts[-1] + 1 :]:
-            text = line.removeprefix(prefix)
-            if text and not text[0].isspace():
-                return text[:_LONGEST]
+    found = [text for number, line in enumerate(lines) if _TRACEBACK in line and (text := _exception(lines, number))]
+    if found:
+        return next((text for text in reversed(found) if _POINTS_ABOVE not in text), found[-1])[:_LONGEST]
     for line in reversed(lines):
         if _EXCEPTION.match(line):
             return line[:_LONGEST]
     return lines[-1][:_LONGEST] if lines else ""
+
+
+def _exception(lines: Sequence[str], start: int) -> str:
+    """What the traceback that begins at line `start` ends with, "" where that is missing."""
+    # Prefixes such as "[rank1]: " or "(EngineCore pid=7) " stand before every line of a traceback.
+    prefix = lines[start].partition(_TRACEBACK)[0]
+    texts = (line.removeprefix(prefix) for line in lines[start + 1 :])
+    return next((text for text in texts if text and not text[0].isspace()), "")
 
 
 def last_lines(path: Path) -> list[str]:

@@ -113,6 +113,32 @@ def test_a_server_on_a_unix_socket_is_ready_when_it_answers_and_hung_when_it_no_
     assert 2.0 <= run.events("hung", "vllm-0")[0]["time"] - frozen < 12
 
 
+def test_a_server_that_closed_its_socket_but_waits_for_its_clients_is_not_waited_for(job: MakeJob) -> None:
+    # As vLLM does when its engine has died.
+    closes = (
+        UNIX_SERVER.replace("time.sleep(0.5)", "import threading")
+        .replace(".serve_forever()", "")
+        .replace("socketserver.Threading", "server = socketserver.Threading")
+    )
+    closes += """
+threading.Thread(target=server.serve_forever, daemon=True).start()
+while not os.path.exists(os.environ['HPC_GYM_RUN_DIR'] + '/close'):
+    time.sleep(0.05)
+server.shutdown()
+server.server_close()
+print('EngineDeadError: the engine is gone', flush=True)
+time.sleep(600)
+"""
+    made = service("vllm-0", closes, ready=Probe("http", "vllm-0.sock"), ready_within_s=20.0, alive_within_s=300.0)
+    run = job([made], [task("rank-0", FOREVER)]).start()
+    run.until(lambda: run.events("ready", "vllm-0"))
+    (run.run_dir / "close").touch()
+    closed = time.time()
+    assert run.wait() == 1
+    assert run.failure().cause == "it closed its socket and does not end: EngineDeadError: the engine is gone"
+    assert ended_within(run, closed, 20.0)
+
+
 def test_a_hung_service_is_restarted_where_it_may_be_and_its_old_socket_is_no_obstacle(job: MakeJob) -> None:
     probe = Probe("http", "vllm-0.sock", "/health")
     served = service("vllm-0", UNIX_SERVER, ready=probe, ready_within_s=20.0, alive_within_s=2.0, restarts=1)

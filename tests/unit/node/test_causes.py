@@ -38,6 +38,18 @@ def test_a_prefix_before_every_line_of_the_traceback_is_no_obstacle(tmp_path: Pa
     assert cause_from_log(log(tmp_path, text)) == "ValueError: No available memory for the cache blocks"
 
 
+def test_an_exception_that_points_to_the_one_before_it_is_passed_over(tmp_path: Path) -> None:
+    dead = """(APIServer pid=6) ERROR Traceback (most recent call last):
+(APIServer pid=6) ERROR   File "async_llm.py", line 1, in output_handler
+(APIServer pid=6) ERROR vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace (above) for the root cause."""  # noqa: E501
+    engine = """(EngineCore pid=7) ERROR Traceback (most recent call last):
+(EngineCore pid=7) ERROR   File "core.py", line 9, in run
+(EngineCore pid=7) ERROR torch.OutOfMemoryError: CUDA out of memory
+"""
+    assert cause_from_log(log(tmp_path, engine + dead)) == "torch.OutOfMemoryError: CUDA out of memory"
+    assert cause_from_log(log(tmp_path, dead)).startswith("vllm.v1.engine.exceptions.EngineDeadError")
+
+
 def test_without_a_traceback_the_last_words_count(tmp_path: Path) -> None:
     assert cause_from_log(log(tmp_path, "starting\nerror: no such file: model\n\n")) == "error: no such file: model"
     assert cause_from_log(tmp_path / "missing.log") == ""
