@@ -36,6 +36,13 @@ def check(experiment: Experiment, overrides: Overrides = None, cluster: Cluster 
         colours = {"ok": "green", "warning": "yellow", "failed": "red"}
         for each in findings:
             table.add_row(each.check, Text(each.status, colours[each.status]), Text(each.detail))
-        Console(highlight=False).print(table)
+        console = Console(highlight=False)
+        console.print(table)
+        counts = {status: sum(each.status == status for each in findings) for status in ("failed", "warning")}
+        if counts["failed"]:
+            told = f"\nNot ready: {counts['failed']} failed, {counts['warning']} to look at."
+        else:
+            told = "\nReady to submit" + (f"; {counts['warning']} to look at." if counts["warning"] else ".")
+        console.print(Text(told, "red" if counts["failed"] else "green"))
     if any(each.status == "failed" for each in findings):
         raise typer.Exit(1)

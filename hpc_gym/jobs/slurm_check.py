@@ -29,7 +29,12 @@ def slurm_findings(plan: Plan) -> Iterator[Finding]:
         return
     try:
         version = ask(["sinfo", "--version"]).split()[-1]
-        yield Finding("slurm", "ok", f"version {version}")
+    except UserError as error:
+        why = str(error).splitlines()[-1].partition(": ")[2]
+        yield Finding("slurm", "failed", f"no cluster answers ({why}). Go to a login node of the cluster.")
+        return
+    yield Finding("slurm", "ok", f"version {version}")
+    try:
         components = sbatch_options(plan)
         partitions = _partitions()
         for options in components:

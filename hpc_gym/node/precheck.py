@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hpc_gym.node.context import NodeContext
+from hpc_gym.node.xid import xid_errors
 from hpc_gym.protocol.attempt import FULL
 
 _GPU_FIELDS = "index,memory.used,memory.total,ecc.errors.uncorrected.volatile.total"
@@ -85,7 +86,9 @@ def _names(context: NodeContext) -> Iterator[str]:
 
 
 def _gpus() -> Iterator[str]:
-    """What nvidia-smi says of GPUs that this job may use: memory in use, uncorrected ECC errors, no answer."""
+    """What nvidia-smi says of GPUs that this job may use: memory in use, uncorrected ECC errors, no answer; and what
+    the kernel's log says of any of the node.
+    """
     if not _NVIDIA.exists():
         return
     command = ["nvidia-smi", f"--query-gpu={_GPU_FIELDS}", "--format=csv,noheader,nounits"]
@@ -100,6 +103,7 @@ def _gpus() -> Iterator[str]:
         yield f"nvidia-smi: {(asked.stdout + asked.stderr).strip()}"
         return
     yield from gpu_problems(asked.stdout)
+    yield from xid_errors()
 
 
 def gpu_problems(table: str) -> Iterator[str]:
