@@ -13,7 +13,7 @@ from hpc_gym.plan.checks import default_hub_cache, refuse_absent_hub_model
 from hpc_gym.plan.plan import Plan, Runtime
 from hpc_gym.plan.processes import BASE
 from hpc_gym.plan.resolve import NotReadyError, resolve
-from hpc_gym.runtimes.spec import is_built, names, spec_of
+from hpc_gym.runtimes.spec import is_runtime, names
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def missing_of(runtime: Runtime) -> str:
         # Images are also named by a registry's address, which only the compute nodes may reach.
         looks_like_a_file = runtime.root.startswith(("/", "."))
         return f"there is no image {runtime.root}" if looks_like_a_file and not Path(runtime.root).exists() else ""
-    if runtime.name in names() and not is_built(spec_of(runtime.name)):
+    if runtime.name in names() and not is_runtime(Path(runtime.root)):
         return f"it is not built: hpc-gym runtimes build {runtime.name}"
     return "" if Path(runtime.python).exists() else f"there is no interpreter {runtime.python}"
 

@@ -17,20 +17,25 @@ from hpc_gym.plan.checks import default_hub_cache, model_source, refuse_absent_h
 from hpc_gym.plan.nemo_gym import JUDGE, Gym, Served, clashes, data_file, serve
 from hpc_gym.plan.plan import DataSource, Runtime
 from hpc_gym.plan.processes import BASE, Names
-from hpc_gym.runtimes.spec import spec_of
+from hpc_gym.runtimes.spec import is_runtime, spec_of
 
 
 class Findings:
     """`problems` is what was wrong; `paths` maps keys that name files to what they mean, absolute."""
 
-    def __init__(self, composed: Composed, experiment: Experiment) -> None:
+    def __init__(
+        self, composed: Composed, experiment: Experiment, earlier: Mapping[str, Runtime] | None = None
+    ) -> None:
         self.composed = composed
         self.experiment = experiment
+        self.earlier = earlier or {}
         self.problems: list[Problem] = []
         self.paths: dict[KeyPath, str] = {}
 
     def runtimes(self, names: Names) -> dict[str, Runtime]:
-        """The runtimes of the roles by name, with the base runtime that runs now."""
+        """The runtimes of the roles by name, with the base runtime that runs now. An earlier one that is still there is
+        kept, wherever it is.
+        """
         container = self.experiment.cluster.runtime
         base = Runtime(BASE, "venv", sys.prefix, sys.executable)
         runtimes = {BASE: base}
@@ -42,12 +47,17 @@ class Findings:
                 runtimes[name] = base
                 continue
             image = container.images.get(role)  # type: ignore[call-overload]
+            earlier = self.earlier.get(name)
+            if image is None and earlier and earlier.kind == container.kind and is_runtime(Path(earlier.root)):
+                root, python, lock = earlier.root, earlier.python, earlier.lock
+            else:
+                root, python, lock = image or str(spec.root), "python" if image else str(spec.python), spec.digest
             runtimes[name] = Runtime(
                 name=name,
                 kind=container.kind,
-                root=image or str(spec.root),
-                python="python" if image else str(spec.python),
-                lock=spec.digest,
+                root=root,
+                python=python,
+                lock=lock,
                 modules=tuple(container.modules),
                 options=tuple(container.options),
             )

@@ -88,8 +88,14 @@ def plan_for(experiment: str | Path, overrides: Sequence[str] = (), cluster: str
     return resolve(experiment, overrides, cluster).plan
 
 
-def resolve(experiment: str | Path, overrides: Sequence[str] = (), cluster: str | None = None) -> Resolved:
-    """As `plan_for`, with the typed experiment and where its values come from.
+def resolve(
+    experiment: str | Path,
+    overrides: Sequence[str] = (),
+    cluster: str | None = None,
+    runtimes: Mapping[str, frozen.Runtime] | None = None,
+) -> Resolved:
+    """As `plan_for`, with the typed experiment and where its values come from. `runtimes`: those of an earlier job of
+    the run, each kept where it is still there.
 
     Raises NotReadyError, a UserError, when the experiment by itself is well formed.
     """
@@ -102,11 +108,13 @@ def resolve(experiment: str | Path, overrides: Sequence[str] = (), cluster: str 
     if typed is None or problems:
         refuse(problems, composed.provenance)
         raise AssertionError("an experiment without a problem has a type")
-    return _resolve(composed, typed)
+    return _resolve(composed, typed, runtimes)
 
 
-def _resolve(composed: Composed, experiment: Experiment) -> Resolved:
-    found = Findings(composed, experiment)
+def _resolve(
+    composed: Composed, experiment: Experiment, earlier: Mapping[str, frozen.Runtime] | None = None
+) -> Resolved:
+    found = Findings(composed, experiment, earlier)
     names = _runtime_names(experiment)
     runtimes = found.runtimes(names)
     gym = Gym.of(Path(runtimes[names.gym].root))

@@ -106,7 +106,12 @@ def root_of(name: str) -> Path:
 
 def is_built(spec: RuntimeSpec) -> bool:
     """Whether the runtime is complete. Costs one look at the file system."""
-    return (spec.root / MARKER).is_file()
+    return is_runtime(spec.root)
+
+
+def is_runtime(folder: Path) -> bool:
+    """Whether a complete runtime is in the folder."""
+    return (folder / MARKER).is_file()
 
 
 @functools.cache
