@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -116,7 +117,34 @@ def start_distributed(timeout_s: float) -> bool:
 
     if not on_gpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False
-    )
+    backend, timeout = "nccl" if on_gpu else "gloo", timedelta(seconds=timeout_s)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = _store(rank, world_size, timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    # It takes the group that is there.
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     return on_gpu
+
+
+def _store(rank: int, world_size: int, timeout: timedelta) -> dist.TCPStore:
+    """The store at which the ranks meet, served by rank 0 on MASTER_ADDR alone: torch's own listener takes connections
+    from every network that the node is in, and asks nobody who he is.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if rank:
+        return dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout, wait_for_workers=False)
+    family, kind, protocol, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as listener:
+        # The supervisor holds the port with a socket that does not listen.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(target)
+        listener.listen(4096)
+        return dist.TCPStore(
+            address,
+            port,
+            world_size,
+            is_master=True,
+            timeout=timeout,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )

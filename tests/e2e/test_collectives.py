@@ -17,3 +17,5 @@ def test_a_first_all_reduce_is_quick_and_one_that_does_not_end_is_told(tmp_path:
     assert first["failure"].startswith("a small all-reduce by gloo over 2 ranks")
     assert first["failure"].endswith("did not end within 2 s")
     assert "failure" not in last
+    # Neither the store nor gloo listens where nobody asked it to.
+    assert first["listening"] == last["listening"] == ["127.0.0.1"]

@@ -6,6 +6,8 @@ import json
 import os
 import time
 
+import psutil
+
 from hpc_gym.training import ranks as ranks_module
 from hpc_gym.training.ranks import CollectiveFailed, Ranks, check_collectives, start_distributed
 
@@ -14,6 +16,8 @@ def main() -> None:
     start_distributed(60.0)
     ranks = Ranks()
     facts: dict[str, object] = {"seconds": check_collectives(ranks)}
+    listening = {each.laddr.ip for each in psutil.Process().net_connections() if each.status == "LISTEN"}
+    facts["listening"] = sorted(listening)
     ranks_module._SMALL_WITHIN_S = 2.0
     if ranks.rank == ranks.world_size - 1:
         ranks.barrier()
