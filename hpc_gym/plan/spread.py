@@ -79,5 +79,5 @@ def master(group: int) -> str:
 def node_flags(group: int, part: int) -> tuple[str, ...]:
     """`vllm serve` flags of the `part`-th node of a group; only the first, 0, has an API server."""
     place = ("--node-rank", str(part), "--master-addr", f"{{host:{master(group)}}}")
-    place += ("--master-port", f"{{portof:{master(group)}}}")
-    return place if part == 0 else (*place, "--headless")
+    port = ("--master-port", f"{{portof:{master(group)}}}")
+    return (*place, *port, "--headless") if part else (*place, *port)
