@@ -28,7 +28,7 @@ from hpc_gym.rollout.memo import Memo
 from hpc_gym.rollout.prompts import Prompts, encode
 from hpc_gym.rollout.replicas import Replica
 from hpc_gym.rollout.splice import SpliceError
-from hpc_gym.rollout.vllm import Choice, Message, Rendered, VllmError, VllmUnreachable
+from hpc_gym.rollout.vllm import Choice, Message, Rendered, VllmError, VllmUnreachable, unconstrained
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +154,8 @@ class PolicyEndpoint:
         room = self._max_model_len - len(rendered.token_ids)
         if room < 1:
             raise self._overflow(conversation, f"the prompt has {len(rendered.token_ids)} tokens")
-        choice = await self._generate(conversation, rendered, min(asked or room, room))
+        sampling = unconstrained(rendered.sampling_params, request) | {"max_tokens": min(asked or room, room)}
+        choice = await self._generate(conversation, rendered, sampling)
         generated = choice.token_ids or []
         conversation.add_turn(rendered.token_ids, choice)
         if choice.finish_reason == "length":
@@ -162,6 +163,9 @@ class PolicyEndpoint:
         # As in vLLM's own chat answers, the token that ended the turn is no text: its derender would show it.
         spoken = generated if conversation.stop_id is None else generated[:-1]
         message = await self._message(conversation, request, rendered, spoken) if spoken else Message()
+        if request.get("parallel_tool_calls") is False and message.tool_calls:
+            # As in vLLM's own chat answers: of several calls the first is made.
+            message = msgspec.structs.replace(message, tool_calls=message.tool_calls[:1])
         said = _openai_message(message, conversation)
         conversation.history = chat.canonical([*request["messages"], said])
         if conversation.turns == 1:
@@ -194,10 +198,10 @@ class PolicyEndpoint:
             raise VllmError(vllm.name, "render", 400, "images and audio in prompts are not supported by hpc-gym")
         return rendered
 
-    async def _generate(self, conversation: Conversation, rendered: Rendered, max_tokens: int) -> Choice:
+    async def _generate(self, conversation: Conversation, rendered: Rendered, sampling: Mapping[str, Any]) -> Choice:
         request = msgspec.structs.asdict(rendered) | {
             "request_id": f"{conversation.tag}-{conversation.turns}",
-            "sampling_params": rendered.sampling_params | {"max_tokens": max_tokens},
+            "sampling_params": sampling,
         }
         generated = await conversation.replica.vllm.generate(msgspec.json.encode(request), _left(conversation))
         if len(generated.choices) != 1 or generated.choices[0].finish_reason not in ("stop", "length"):

@@ -168,6 +168,19 @@ class Vllm:
         return body
 
 
+def unconstrained(sampling: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling parameters without a grammar that nobody asked for.
+
+    vLLM 0.32 holds tool calls to a grammar where `parallel_tool_calls` is false or a tool is `strict`, though the model
+    is free to call none (`parser/abstract_parser.py`, `_apply_structural_tag`). The tokens that a grammar rules out
+    have probability zero in vLLM and not in the trainer: training would be on another distribution than was sampled.
+    """
+    chosen = request.get("tool_choice") or "auto"
+    form = request.get("response_format") or {}
+    asked = chosen not in ("auto", "none") or request.get("structured_outputs") or form.get("type", "text") != "text"
+    return {name: value for name, value in sampling.items() if asked or name != "structured_outputs"}
+
+
 def _words(body: bytes) -> str:
     """vLLM's message in an error's body."""
     try:
