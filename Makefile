@@ -68,7 +68,7 @@ unit: bootstrap
 	@$(BIN)/pytest --quiet -m "not e2e and not slurm" tests/unit
 
 # Not demo_seeds.py, which has its own target, and not slurm.py, which takes half an hour on the cluster of tests/slurm.
-BENCHMARKS := $(addprefix benchmarks/,cli.py logs.py trajectories.py startup.py)
+BENCHMARKS := $(addprefix benchmarks/,cli.py logs.py seeing.py trajectories.py startup.py)
 
 bench: bootstrap ## the benchmarks of this machine; they write benchmarks/RESULTS.md
 	@for each in $(BENCHMARKS); do echo "$$each"; $(BIN)/python "$$each"; done

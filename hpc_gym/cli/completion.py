@@ -25,9 +25,11 @@ def clusters(incomplete: str) -> list[str]:
 
 
 def jobs(incomplete: str) -> list[str]:
-    """`latest`, and the names and job ids of all runs, newest first."""
+    """`latest` and the names of all runs, newest first; job ids once something has been typed."""
     from hpc_gym.jobs.records import all_records
 
     records = all_records()
-    names = ["latest", *(record.name for record in records), *(record.job_id for record in records)]
-    return [name for name in names if name.startswith(incomplete)]
+    names = ["latest", *(record.name for record in records)]
+    if incomplete:
+        names += [record.job_id for record in records]
+    return [name for name in dict.fromkeys(names) if name.startswith(incomplete)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Annotated
 
@@ -22,29 +23,37 @@ def list_runs(
     hpc-gym list
     hpc-gym list --limit 0 --json | jq '.[] | select(.state == "FAILED") | .name'
     """
-    from hpc_gym.jobs.records import all_records
-    from hpc_gym.jobs.state import standings
+    from hpc_gym.jobs.records import look
+    from hpc_gym.jobs.state import last_attempt, standings
 
-    records = all_records()
-    shown = records[:limit] if limit else records
+    runs = look()
+    shown = runs.records[:limit] if limit else runs.records
     found = standings(shown)
-    state_of = {run_dir: standing.state for run_dir, standing in found.items()}
+    for sentence in runs.unreadable:
+        typer.echo(f"not listed: {sentence}", err=True)
     if as_json:
         import dataclasses
         import json
 
-        rows = [{"state": state_of[record.run_dir], **dataclasses.asdict(record)} for record in shown]
+        rows = []
+        for record in shown:
+            told = {**dataclasses.asdict(found[record.run_dir]), "attempt": last_attempt(record.run_dir)}
+            rows.append({**told, **dataclasses.asdict(record)})
         typer.echo(json.dumps(rows, indent=1))
         return
-    if not records:
+    if not runs.records:
         typer.echo("No runs yet. `hpc-gym submit EXPERIMENT` makes one.")
         return
-    table = [("NAME", "STATE", "SUBMITTED", "NODES", "JOB", "RUN DIRECTORY")]
+    table = [("NAME", "STATE", "SUBMITTED", "NODES", "ATTEMPT", "JOB", "RUN DIRECTORY")]
     for record in shown:
+        standing = found[record.run_dir]
+        why = f" ({re.split('[ ,]', standing.waiting)[0]})" if standing.waiting else ""
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.submitted))
-        table.append((record.name, state_of[record.run_dir], when, str(record.nodes), record.job_id, record.run_dir))
-    widths = [max(len(row[column]) for row in table) for column in range(5)]
+        attempt = str(last_attempt(record.run_dir) or "")
+        cells = (record.name, standing.state + why, when, str(record.nodes), attempt, record.job_id, record.run_dir)
+        table.append(cells)
+    widths = [max(len(row[column]) for row in table) for column in range(6)]
     for row in table:
-        typer.echo("  ".join([*(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)), row[5]]))
-    if len(shown) < len(records):
-        typer.echo(f"... and {len(records) - len(shown)} more: hpc-gym list --limit 0")
+        typer.echo("  ".join([*(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)), row[6]]))
+    if len(shown) < len(runs.records):
+        typer.echo(f"... and {len(runs.records) - len(shown)} more: hpc-gym list --limit 0")

@@ -134,7 +134,7 @@ class LinePrinter:
         yield from self._of_logs(status)
         if status.stopping != self._stopping:
             self._stopping = status.stopping
-            if status.stopping:
+            if status.stopping not in ("", "COMPLETED"):
                 yield Text(f"stopping: {status.stopping}", style="yellow")
         if has_ended(status.state) and not self._ended and self._with_stages:
             self._ended = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -47,7 +48,8 @@ def logs(
 
     run_dir, selection = Path(record.run_dir), Selection(role, node, process, attempt)
     refuse_unknown(run_dir, selection)
-    wanted = sys.stdout.isatty() if color is None else color
+    # https://no-color.org
+    wanted = (sys.stdout.isatty() and not os.environ.get("NO_COLOR")) if color is None else color
     if errors:
         pieces = job_logs.errors(run_dir, selection, wanted)
     elif follow:

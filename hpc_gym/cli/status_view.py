@@ -112,6 +112,9 @@ def _checkpoint(status: Status) -> str:
 def _curves(status: Status, fancy: bool, width: int) -> RenderableType:
     """A line per environment: its last reward, how it came there, and between which values it lay."""
     table = Table.grid(padding=(0, 2))
+    table.add_column(width=0)
+    for _ in range(4):
+        table.add_column(no_wrap=True)
     longest = max(map(len, status.curves))
     room = max(8, min(60, width - longest - 28))
     for name, curve in status.curves.items():

@@ -10,7 +10,7 @@ import contextlib
 import difflib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -67,14 +67,27 @@ class JobRecord:
 
         Raises FileNotFoundError when it holds none, ValueError when the file is not one.
         """
-        data = json.loads((Path(run_dir) / RECORD).read_bytes())
+        return cls._parse((Path(run_dir) / RECORD).read_bytes(), str(Path(run_dir).resolve()))
+
+    @classmethod
+    def _parse(cls, text: bytes, run_dir: str) -> JobRecord:
         try:
+            data = json.loads(text)
             process = data.pop("process")
             data["chain"] = tuple(data.get("chain", ()))
-            data["run_dir"] = str(Path(run_dir).resolve())
+            data["submitted"], data["nodes"] = float(data["submitted"]), int(data["nodes"])
+            data["name"], data["job_id"], data["run_dir"] = str(data["name"]), str(data["job_id"]), run_dir
             return cls(**data, process=ProcessIdentity(**process) if process else None)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{run_dir}/{RECORD} is no job record of this hpc-gym: {error}") from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            what = "it is not JSON" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error)
+            raise ValueError(f"{run_dir}/{RECORD} is no job record of this hpc-gym: {what}") from None
+
+    @classmethod
+    def of_entry(cls, entry: os.DirEntry[str]) -> JobRecord:
+        """As `read`, of a folder that has been listed by its real path: no path is resolved where no link is."""
+        run_dir = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
+        with open(f"{run_dir}/{RECORD}", "rb") as file:  # noqa: PTH123 (a thousand times)
+            return cls._parse(file.read(), run_dir)
 
 
 def runs_folders() -> list[Path]:
@@ -105,19 +118,39 @@ def _registry() -> Path:
     return Path(state).expanduser() / "hpc-gym" / "runs"
 
 
+@dataclass(frozen=True)
+class Runs:
+    """What lies in the folders of run directories."""
+
+    records: tuple[JobRecord, ...]
+    """Newest first."""
+    unreadable: tuple[str, ...]
+    """A sentence for each folder that has a `job.json` which cannot be read. Folders without one are none of ours."""
+
+
+def look(folders: Iterable[Path] | None = None) -> Runs:
+    """All runs there are, in `folders` or in those that are known."""
+    records, unreadable = [], []
+    for folder in runs_folders() if folders is None else folders:
+        with contextlib.suppress(OSError), os.scandir(folder.resolve()) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                try:
+                    records.append(JobRecord.of_entry(entry))
+                except (FileNotFoundError, NotADirectoryError):
+                    continue
+                except OSError as error:
+                    unreadable.append(f"{entry.path}/{RECORD}: {error.strerror}")
+                except ValueError as error:
+                    unreadable.append(str(error))
+    newest_first = sorted(records, key=lambda record: record.submitted, reverse=True)
+    return Runs(tuple({record.run_dir: record for record in newest_first}.values()), tuple(sorted(unreadable)))
+
+
 def all_records(folders: Iterable[Path] | None = None) -> list[JobRecord]:
     """The records of all runs, newest first."""
-    records = [record for folder in (runs_folders() if folders is None else folders) for record in _records(folder)]
-    return sorted(records, key=lambda record: record.submitted, reverse=True)
-
-
-def _records(folder: Path) -> Iterator[JobRecord]:
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            with contextlib.suppress(OSError, ValueError):
-                yield JobRecord.read(entry.path)
+    return list(look(folders).records)
 
 
 def find(job: str = "latest") -> JobRecord:

@@ -90,7 +90,9 @@ def _nodes(plan: Plan, record: JobRecord, moment: Moment) -> list[Stage]:
     if record.kind == "slurm" and (progress.checked or not progress.processes):
         fit = max(progress.checked.values()) if len(progress.checked) >= of else None
         detail = f"{len(progress.checked)}/{of} nodes are fit" if first else ""
-        stages.append(replace(_timed("checks", first, fit, now), detail=detail))
+        # A node may be checked before the coordinator has noted that it joined, by another clock.
+        since = min([first, *progress.checked.values()]) if first is not None else None
+        stages.append(replace(_timed("checks", since, fit, now), detail=detail))
     return stages
 
 

@@ -33,6 +33,14 @@ def last_outcome(run_dir: str | Path) -> Outcome | None:
     return Outcome.read(Path(run_dir) / "attempts" / "latest")
 
 
+def last_attempt(run_dir: str | Path) -> int:
+    """Number of the last attempt; 0 before the first."""
+    try:
+        return int((Path(run_dir) / "attempts" / "latest").readlink().name)
+    except (OSError, ValueError):
+        return 0
+
+
 def job_state(record: JobRecord) -> str:
     """State of the job at this moment; right from any process on the host of a local job."""
     return standing(record).state

@@ -20,7 +20,7 @@ from hpc_gym.jobs.records import JobRecord
 from hpc_gym.jobs.script_log import without_outcome
 from hpc_gym.jobs.slurm import Standing
 from hpc_gym.jobs.stages import Moment, Stage, stages_of
-from hpc_gym.jobs.state import has_ended
+from hpc_gym.jobs.state import has_ended, last_attempt
 from hpc_gym.jobs.state import standing as state_of
 from hpc_gym.jobs.steps import StepHistory, rewards
 from hpc_gym.plan.plan import Plan
@@ -158,10 +158,8 @@ class StatusReader:
         return first - 1 if first > 1 else None
 
     def _read_events(self) -> None:
-        latest = self._run_dir / "attempts" / "latest"
-        try:
-            attempt = int(latest.readlink().name)
-        except (OSError, ValueError):
+        attempt = last_attempt(self._run_dir)
+        if not attempt:
             return
         if attempt != self._progress.attempt:
             self._progress = AttemptProgress(attempt)

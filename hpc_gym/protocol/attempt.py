@@ -89,10 +89,10 @@ class Outcome:
 
     @classmethod
     def read(cls, attempt_dir: str | Path) -> Outcome | None:
-        """The outcome of an attempt, None when it has none (yet)."""
+        """The outcome of an attempt, None when it has none (yet), or none that can be read."""
         try:
             return cls.from_json((Path(attempt_dir) / "outcome.json").read_text())
-        except FileNotFoundError:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
     def write(self, run_dir: str | Path, attempt_dir: str | Path) -> None:

@@ -3,13 +3,15 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from job_plans import plan, service, task
 
 from hpc_gym.cli.live import LinePrinter
-from hpc_gym.cli.status_view import view
+from hpc_gym.cli.status_view import attempt_lines, plain, view
+from hpc_gym.errors import UserError
 from hpc_gym.jobs.records import JobRecord, ProcessIdentity
 from hpc_gym.jobs.slurm import Standing
 from hpc_gym.jobs.stages import Stage
@@ -196,6 +198,171 @@ def test_view_shows_stages_and_training(record: JobRecord) -> None:
     text = console.export_text()
     for told in ("vLLM", "2/2 ready", "counter  0.200  ▁█  0.10 to 0.20", "20 tokens/s", "40.0 s left"):
         assert told in text
+
+
+def test_while_it_waits_the_queue_says_why_also_between_two_attempts(record: JobRecord, tmp_path: Path) -> None:
+    waits = Standing("PENDING", "Resources (for nodes to become free), expected start 2026-11-21 08:00:00")
+    slurm = replace(record, kind="slurm", submitted=time.time() - 60)
+    told = stages(read_status(slurm, waits))
+    assert (told["queued"].state, told["queued"].detail) == ("running", waits.waiting)
+    assert told["queued"].seconds == pytest.approx(60, abs=5)
+    begin(record)
+    ready(record)
+    step(record, 1, 50)
+    event(record, 60, "outcome", kind="requeue")
+    Outcome("requeue", "preempted").write(tmp_path, tmp_path / "attempts" / "1")
+    told = stages(read_status(slurm, Standing("PENDING", "BeginTime")))
+    assert (told["queued"].detail, told["queued"].began) == ("again: BeginTime", START + 60)
+    assert {told[name].state for name in ("nodes", "checks", "vLLM", "training")} == {"waiting"}
+    assert told["training"].detail == "step 1/10"
+
+
+def test_nodes_tell_when_they_were_allocated_where_they_are_and_whether_they_are_fit(record: JobRecord) -> None:
+    slurm = replace(record, kind="slurm")
+    event(record, 5, "began", "")
+    told = stages(read_status(slurm, Standing("RUNNING")))
+    assert (told["queued"].state, told["queued"].seconds) == ("done", 5.0)
+    assert (told["nodes"].state, told["nodes"].began) == ("running", START + 5)
+    for number, node in enumerate(("rollout-0", "train-0", "train-1")):
+        event(record, 7 + number, "joined", node, host=f"gpu{number}")
+    event(record, 9, "checked", "rollout-0")
+    status = read_status(slurm, Standing("RUNNING"))
+    told = stages(status)
+    assert (told["nodes"].detail, told["nodes"].seconds) == ("3/3: gpu0, gpu1, gpu2", 4.0)
+    assert (told["checks"].state, told["checks"].detail) == ("running", "1/3 nodes are fit")
+    assert status.hosts == {"rollout-0": "gpu0", "train-0": "gpu1", "train-1": "gpu2"}
+    event(record, 10, "checked", "train-0")
+    event(record, 11, "checked", "train-1")
+    told = stages(read_status(slurm, Standing("RUNNING")))
+    assert (told["checks"].state, told["checks"].seconds) == ("done", 4.0)
+    assert "checks" not in stages(read_status(record, Standing("RUNNING")))
+
+
+def test_a_stage_tells_only_what_the_ranks_say_of_it(record: JobRecord) -> None:
+    begin(record)
+    ready(record)
+    for node in ("train-0", "train-1"):
+        event(record, 34, f"rank-{node[-1]}:status", node, text="training")
+    told = stages(read_status(record, Standing("RUNNING")))
+    assert (told["evaluation before"].state, told["evaluation before"].detail) == ("running", "")
+    for node, done in (("train-0", 30), ("train-1", 12)):
+        text = f"evaluation before, step 0: rollouts {done}/100"
+        event(record, 35, f"rank-{node[-1]}:status", node, text=text)
+    told = stages(read_status(record, Standing("RUNNING")))
+    assert told["evaluation before"].detail == "rollouts 42/200"
+    append(record, "evaluations.jsonl", attempt=1, step=0, when="before", time=START + 40, rewards={"counter": [1.0]})
+    told = stages(read_status(record, Standing("RUNNING")))
+    assert (told["training"].state, told["training"].detail) == ("running", "step 0/10")
+    event(record, 50, "rank-0:saving", "train-0")
+    told = stages(read_status(record, Standing("RUNNING")))
+    assert told["training"].detail == "step 0/10, saving a checkpoint"
+
+
+def test_servers_are_counted_over_all_nodes_and_stay_counted_when_ready(record: JobRecord) -> None:
+    begin(record)
+    event(record, 10, "gym:progress", text="3 / 9 servers, waiting for verifier")
+    told = stages(read_status(record, Standing("RUNNING")))
+    assert told["NeMo Gym"].detail == "0/1 ready, 3/9 servers, waiting for verifier"
+    event(record, 12, "gym:ready")
+    event(record, 12, "vllm-0:progress", text="nothing listens on its socket")
+    told = stages(read_status(record, Standing("RUNNING")))
+    assert told["NeMo Gym"].detail == "1/1 ready, 9/9 servers"
+    assert told["vLLM"].detail == "0/2 ready, loading"
+
+
+def test_the_morning_after_one_line_says_why_the_job_came_back(record: JobRecord, tmp_path: Path) -> None:
+    begin(record)
+    ready(record)
+    for number in (1, 2, 3):
+        step(record, number, 40 + number)
+    event(record, 60, "silent", "train-1", cause="no heartbeat for 10 s")
+    event(record, 65, "outcome", kind="requeue")
+    lost = Failure("train", "train-1", "supervisor", "host gpu7: no heartbeat for 10 s", "/r/events.jsonl", 1, START)
+    ended = Outcome("requeue", "a node was lost", ("gpu7",), lost)
+    ended.write(tmp_path, tmp_path / "attempts" / "1")
+    event(record, 185, "began", "", attempt=2)
+    event(record, 186, "joined", "rollout-0", attempt=2)
+    step(record, 3, 250, attempt=2)
+    status = read_status(record, Standing("RUNNING"))
+    (earlier,) = status.earlier_attempts
+    assert (earlier.kind, earlier.ended, status.resumed_from) == ("requeue", START + 65, 2)
+    (line,) = attempt_lines(status)
+    assert "attempt 1 ended at" in line
+    assert "host gpu7: no heartbeat for 10 s; without gpu7; attempt 2 began 2 min 00 s later, from step 2" in line
+    assert line in plain(status)
+    assert json.loads(json.dumps(asdict(status)))["earlier_attempts"][0]["sentence"] == ended.sentence()
+
+
+def test_an_attempt_that_could_not_say_how_it_ended_is_told_of(record: JobRecord) -> None:
+    begin(record)
+    event(record, 200, "began", "", attempt=2)
+    (earlier,) = read_status(record, Standing("RUNNING")).earlier_attempts
+    assert (earlier.kind, earlier.ended) == ("unknown", START + 2.5)
+
+
+def test_a_checkpoint_counts_once_it_is_whole_and_has_an_age(record: JobRecord, tmp_path: Path) -> None:
+    for number in (5, 10):
+        (tmp_path / "checkpoints" / f"checkpoint-{number}").mkdir(parents=True)
+    whole = tmp_path / "checkpoints" / "checkpoint-5" / "complete.json"
+    whole.write_text("{}")
+    os.utime(whole, (time.time() - 300,) * 2)
+    begin(record)
+    step(record, 10, 50)
+    status = read_status(record, Standing("RUNNING"))
+    assert (status.checkpoint, round(status.checkpoint_age_s or 0, -1)) == (5, 300)
+    assert "checkpoint 5 5 min 0" in plain(status)
+
+
+def test_curves_keep_what_came_later_of_a_step_that_came_twice(record: JobRecord) -> None:
+    for number in range(1, 201):
+        step(record, number, number, **{"reward/counter": 0.0})
+    for number in range(101, 301):
+        step(record, number, 300 + number, attempt=2, **{"reward/counter": 1.0})
+    curve = read_status(record, Standing("RUNNING")).curves["counter"]
+    assert len(curve) == 60
+    assert (curve[:20], curve[20:]) == ((0.0,) * 20, (1.0,) * 40)
+
+
+def test_a_plain_status_has_no_signs_of_a_terminal_and_a_narrow_one_fits(record: JobRecord) -> None:
+    from rich.console import Console
+
+    begin(record)
+    ready(record)
+    for number in range(1, 9):
+        step(record, number, 40 + number)
+    status = read_status(record, Standing("RUNNING"))
+    text = plain(status)
+    assert text.isascii()
+    assert "reward counter 0.800" in text
+    assert not any(line != line.rstrip() for line in text.splitlines())
+    for width in (30, 60):
+        with Path(os.devnull).open("w") as nowhere:
+            console = Console(width=width, record=True, file=nowhere)
+            console.print(view(status, width=width))
+        assert all(len(line) <= width for line in console.export_text().splitlines())
+
+
+def test_a_run_without_its_plan_is_refused_with_a_sentence(record: JobRecord, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(UserError, match="no whole run directory any more"):
+        read_status(record, Standing("RUNNING"))
+    (tmp_path / "plan.json").unlink()
+    with pytest.raises(UserError, match=r"plan\.json: No such file"):
+        read_status(record, Standing("RUNNING"))
+
+
+def test_a_day_of_statuses_is_read_in_a_moment(record: JobRecord) -> None:
+    begin(record)
+    ready(record)
+    with (Path(record.run_dir) / "attempts" / "1" / "events.jsonl").open("a") as file:
+        for number in range(100_000):
+            told = {"time": START + 40 + number, "attempt": 1, "node": f"train-{number % 2}", "role": "train"}
+            told |= {"process": f"rank-{number % 2}", "event": "status", "text": f"step 1/10: rollouts {number}/100000"}
+            file.write(json.dumps(told) + "\n")
+    began = time.process_time()
+    told = stages(read_status(record, Standing("RUNNING")))
+    assert time.process_time() - began < 1.0
+    assert told["evaluation before"].seconds is not None
 
 
 def test_reading_on_costs_nothing_after_many_steps(record: JobRecord) -> None:
