@@ -121,6 +121,7 @@ class JudgeEndpoint:
         await asyncio.gather(*(self._watch(server) for server in self._servers()))
 
     async def close(self) -> None:
+        log.info("the judge has answered %d questions", self.answered)
         for server in self._made:
             await server.session.close()
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from hpc_gym.training.demo_model import IGNORED, Batch, Message, Recipe, Row, encode, make_model, make_tokenizer
 
-STEPS = 60
+STEPS = 40
 RECIPE = Recipe(hidden_size=64, intermediate_size=192, context=4096, vocabulary=4096)
 Chat = tuple[Row, list[Message]]
 
