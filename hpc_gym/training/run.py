@@ -19,7 +19,7 @@ from hpc_gym.training.evaluation import Evaluator
 from hpc_gym.training.export import export_model
 from hpc_gym.training.metrics import Recorder
 from hpc_gym.training.policy import PolicyWeights
-from hpc_gym.training.ranks import Ranks, start_distributed
+from hpc_gym.training.ranks import Ranks, check_collectives, start_distributed
 from hpc_gym.training.rewards import environment_reward
 from hpc_gym.training.rollouts import RolloutFunction, RolloutRunner, TrainingRows
 from hpc_gym.training.settings import grpo_arguments
@@ -42,6 +42,9 @@ class TrainingRun:
         timeout_s = _collective_timeout_s(plan)
         on_gpu = start_distributed(timeout_s)
         self._ranks = ranks = Ranks()
+        seconds = check_collectives(ranks)
+        if ranks.is_first:
+            print(f"a first all-reduce of {ranks.world_size} ranks took {seconds:.3f} s", flush=True)
         self._checkpoints = Checkpoints(run_dir / "checkpoints", training.checkpoints_kept)
         self._resumed = self._find_checkpoint()
         arguments = grpo_arguments(training, plan.seed, self._checkpoints.folder, on_gpu=on_gpu, timeout_s=timeout_s)
