@@ -145,6 +145,7 @@ def submit(slurm_cluster: Cluster, shared: Path) -> Iterator[Callable[..., Slurm
         components: tuple[Mapping[str, Any], ...] = (),
         options: Mapping[str, Any] | None = None,
         secrets: tuple[str, ...] = (),
+        env: Mapping[str, str] | None = None,
         runtime: Runtime | None = None,
         setup: tuple[str, ...] = (),
         chain: int = 0,
@@ -154,7 +155,7 @@ def submit(slurm_cluster: Cluster, shared: Path) -> Iterator[Callable[..., Slurm
         launch = Launch(
             kind="slurm", options={"time": 5, **(options or {})}, components=components, setup=setup, chain=chain
         )
-        plan = job_plans.plan(shared / f"run-{len(jobs)}", rollout, train, launch, secrets=secrets)
+        plan = job_plans.plan(shared / f"run-{len(jobs)}", rollout, train, launch, secrets=secrets, env=env or {})
         separate = bool(components)
         plan = replace(
             plan,
