@@ -50,7 +50,9 @@ class Reach:
         self._seen: set[str] = set()
 
     def open(self) -> dict[str, str]:
-        """What to publish beside the endpoints. Raises OSError without a free port."""
+        """What to publish beside the endpoints; nothing on one machine. Raises OSError without a free port."""
+        if self._context.plan.launch.kind == "local":
+            return {}
         self._listener = listening(self._context.address)
         address = f"{self._context.address}:{self._listener.getsockname()[1]}"
         return {ADDRESS: address, HOST: socket.gethostname()}
