@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from slurm_jobs import FOREVER, SlurmJob, service, task
+from slurm_jobs import FOREVER, Listener, SlurmJob, service, task
 
 Submit = Callable[..., SlurmJob]
 
@@ -25,12 +25,16 @@ def test_only_the_coordinator_listens_and_is_silent_to_whoever_has_no_token(subm
     run = submit([service("server", FOREVER)], [task("rank-0", FOREVER)])
     run.all_started()
     first = run.host("rollout-0")
-    of_the_job = [
-        each for each in run.listening(first) if not each.program.startswith(("slurmd", "slurmstepd", "srun"))
-    ]
-    assert [each.program for each in of_the_job] == ["python"]
-    assert [each.program for each in run.listening(run.host("train-0")) if "slurm" not in each.program] == []
-    address = f"{run.address('rollout-0')}:{of_the_job[0].port}"
+
+    def of_the_job(host: str) -> list[Listener]:
+        return [each for each in run.listening(host) if not each.program.startswith(("slurmd", "slurmstepd", "srun"))]
+
+    # For a moment, each node listens to those that try whether they reach it.
+    run.until(lambda: len(run.events("reached")) == 2 and not of_the_job(run.host("train-0")))
+    run.until(lambda: len(of_the_job(first)) == 1)
+    (coordinator,) = of_the_job(first)
+    assert coordinator.program == "python"
+    address = f"{run.address('rollout-0')}:{coordinator.port}"
     knocked = run.cluster.on("node5", "/usr/bin/python3", "-c", KNOCK, address)
     assert knocked.stdout.split() == ["b''"] * 3, knocked.stderr
     assert not run.events("outcome")

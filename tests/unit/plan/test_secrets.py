@@ -25,3 +25,11 @@ def test_secrets_are_not_written_where_others_read_them(project: Project, monkey
 def test_secrets_are_known_by_the_end_of_their_names() -> None:
     assert all(map(is_secret, ("HF_TOKEN", "WANDB_API_KEY", "token", "DB_PASSWORD", "AWS_SECRET_ACCESS_KEY")))
     assert not any(map(is_secret, ("TOKENIZERS_PARALLELISM", "HF_TOKEN_PATH", "MAX_TOKENS", "KEYBOARD", "SECRETS_DIR")))
+
+
+def test_ray_wants_a_token_of_the_node_and_vllm_meets_itself_on_loopback(project: Project) -> None:
+    processes = {each.name: each for each in project.plan().nodes[0].processes}
+    ray = processes["gym"].env
+    assert (ray["RAY_AUTH_MODE"], ray["RAY_AUTH_TOKEN_PATH"]) == ("token", "{private_dir}/token")
+    vllm = processes["vllm-0"].env
+    assert (vllm["GLOO_SOCKET_IFNAME"], vllm["HPC_GYM_INTERFACE"]) == ("lo", "{interface}")
