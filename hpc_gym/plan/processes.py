@@ -166,8 +166,11 @@ def _vllm(experiment: Experiment, names: Names, replica: int, model: str, group:
         alive_within_s=experiment.supervision.alive_s,
         restarts=experiment.supervision.restarts,
     )
-    # Without an API server there is nobody to ask; the first node is ready when all are.
-    return process if part == 0 else replace(process, name="vllm-headless", ready=None, alive_within_s=0.0)
+    if part == 0:
+        return process
+    # Without an API server there is nobody to ask: the first node is ready when all are. It has nothing to save, and
+    # by itself waits 5 s for a worker that waits for the first node.
+    return replace(process, name="vllm-headless", ready=None, alive_within_s=0.0, stop_grace_s=1.0)
 
 
 def vllm_env(experiment: Experiment, gpus: range, address: str = _LOOPBACK) -> dict[str, str]:
