@@ -143,8 +143,25 @@ def _judge(plan: Plan) -> Iterator[Finding]:
         yield _model("judge", judge.model, plan)
     elif judge.api_key_env and not os.environ.get(judge.api_key_env):
         yield Finding("judge", "failed", f"{judge.url}: {judge.api_key_env} (judge.api_key_env) is not set here")
-    else:
-        yield Finding("judge", "ok", f"{judge.model_name} at {judge.url}")
+    elif judge.url:
+        yield _judge_outside(judge.url, judge.model_name, os.environ.get(judge.api_key_env or "", ""))
+
+
+def _judge_outside(url: str, model: str, key: str) -> Finding:
+    from hpc_gym.jobs.judge_check import KeyRefused, NotAnswering, models_at
+
+    try:
+        listed = models_at(url, key)
+    except NotAnswering as error:
+        return Finding("judge", "warning", f"{url} does not answer here ({error}); the nodes must reach it")
+    except KeyRefused:
+        return Finding("judge", "failed", f"{url} refuses the key: set judge.api_key_env to the variable that holds it")
+    if listed is None:
+        return Finding("judge", "warning", f"{url} answers, but lists no models as an OpenAI-compatible server would")
+    if model not in listed:
+        names = ", ".join(listed[:5]) or "none"
+        return Finding("judge", "warning", f"{url} does not list '{model}' (judge.model_name); it lists: {names}")
+    return Finding("judge", "ok", f"{model} at {url}")
 
 
 def weight_bytes(folder: Path) -> int:
