@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from hpc_gym.jobs.log_errors import error_blocks
+from hpc_gym.jobs.log_errors import Block, error_blocks
 from hpc_gym.jobs.log_files import LogFile, Selection, attempts, log_files
 from hpc_gym.jobs.log_merge import Round, follow, merge
 from hpc_gym.jobs.records import JobRecord
@@ -21,11 +22,13 @@ _TO_MILLISECONDS = 23
 class Printer:
     """Turns lines into the bytes to be shown: `ROLE NODE PROCESS TIME TEXT`, the time in UTC to milliseconds.
 
-    Between attempts stands a line that says so.
+    Between attempts stands how the one ended, and that another begins.
     """
 
-    def __init__(self, color: bool) -> None:
+    def __init__(self, color: bool, ends: Callable[[int], Outcome | None] = lambda _: None) -> None:
+        """`ends`: how an attempt ended."""
         self._color = color
+        self._ends = ends
         self._attempt: int | None = None
         self._prefixes: dict[str, bytes] = {}
         self._width = 0
@@ -54,17 +57,29 @@ class Printer:
         """What stands before the next lines where they are of another attempt than those before."""
         if file.attempt == self._attempt:
             return b""
-        first, self._attempt = self._attempt is None, file.attempt
-        return b"" if first and file.attempt == 1 else b"-- attempt %d --\n" % file.attempt
+        before, self._attempt = self._attempt, file.attempt
+        if before is None and file.attempt == 1:
+            return b""
+        end = self._ends(before) if before is not None else None
+        ended = f"-- attempt {before} ended: {end.sentence()} --\n" if end else ""
+        return f"{ended}-- attempt {file.attempt} --\n".encode()
+
+    def expect(self, files: Iterable[LogFile]) -> None:
+        """Makes room for the names of these files, so that their lines stand one below the other."""
+        for file in files:
+            self._width = max(self._width, len(_name(file)))
 
     def _prefix(self, file: LogFile) -> bytes:
-        name = f"{file.role} {file.node} {file.process}"
-        self._width = max(self._width, len(name))
-        padded = f"{name:<{self._width}} ".encode()
+        self.expect([file])
+        padded = f"{_name(file):<{self._width}} ".encode()
         if self._color:
             padded = b"\x1b[%dm%s\x1b[0m" % (_COLOURS.get(file.role, 37), padded)
         self._prefixes[file.path] = padded
         return padded
+
+
+def _name(file: LogFile) -> str:
+    return f"{file.role} {file.node} {file.process}"
 
 
 def logs(
@@ -76,7 +91,8 @@ def logs(
 ) -> Iterator[bytes]:
     """The merged logs in pieces of whole lines. With `ended`, also what is written until it says true."""
     selection = selection or Selection()
-    printer = Printer(color)
+    printer = Printer(color, lambda attempt: Outcome.read(run_dir / "attempts" / str(attempt)))
+    printer.expect(log_files(run_dir, selection))
     if ended is None:
         rounds = merge(log_files(run_dir, selection), printer.show)
     else:
@@ -94,29 +110,42 @@ def errors(run_dir: Path, selection: Selection | None = None, color: bool = Fals
     """
     selection = selection or Selection()
     printer = Printer(color)
+    printer.expect(log_files(run_dir, selection))
     for attempt in attempts(run_dir):
-        if selection.attempt not in (None, attempt):
-            continue
-        files = list(log_files(run_dir, Selection(selection.role, selection.node, selection.process, attempt)))
-        outcome = Outcome.read(run_dir / "attempts" / str(attempt))
-        cause = outcome.failure if outcome else None
-        first = [file for file in files if cause is not None and _is_of(file, cause)]
-        others = [file for file in files if file not in first]
-        stopping, left_out = _stopping(run_dir, attempt), 0
-        for title, group in (("first cause", first), ("others", others)):
-            headed = not first
-            for block in error_blocks(merge(group)):
-                if group is others and block.lines[block.first] > stopping:
-                    left_out += 1
-                    continue
-                if not headed:
-                    headed = True
-                    yield f"== attempt {attempt}, {title} ==\n".encode()
-                lines = printer.show(block.file, block.lines, False)
-                yield printer.heading(block.file) + b"\n".join(lines) + b"\n\n"
-        if left_out:
-            yield f"== attempt {attempt}: {left_out} more came while it was being stopped ==\n".encode()
+        if selection.attempt in (None, attempt):
+            yield from _errors_of(run_dir, replace(selection, attempt=attempt), printer)
     yield from _end(run_dir)
+
+
+def _errors_of(run_dir: Path, selection: Selection, printer: Printer) -> Iterator[bytes]:
+    """The errors of the one attempt that is selected."""
+    attempt, files = selection.attempt or 0, list(log_files(run_dir, selection))
+    outcome = Outcome.read(run_dir / "attempts" / str(attempt))
+    cause = outcome.failure if outcome else None
+    first = [file for file in files if cause is not None and _is_of(file, cause)]
+    others = [file for file in files if file not in first]
+
+    def shown(block: Block) -> bytes:
+        lines = printer.show(block.file, block.lines, False)
+        return printer.heading(block.file) + b"\n".join(lines) + b"\n\n"
+
+    heading = f"== attempt {attempt}, first cause ==\n"
+    for block in error_blocks(merge(first)):
+        yield heading.encode() + shown(block)
+        heading = ""
+    if cause is not None and heading:
+        # Killed, or lost with its node: it had no time to say anything.
+        yield f"== attempt {attempt}, first cause: {cause.sentence()} ==\n\n".encode()
+    heading = f"== attempt {attempt}, others ==\n" if cause is not None else ""
+    stopping, left_out = _stopping(run_dir, attempt), 0
+    for block in error_blocks(merge(others)):
+        if block.lines[block.first] > stopping:
+            left_out += 1
+            continue
+        yield heading.encode() + shown(block)
+        heading = ""
+    if left_out:
+        yield f"== attempt {attempt}: {left_out} more came while it was being stopped ==\n".encode()
 
 
 def _end(run_dir: Path) -> Iterator[bytes]:

@@ -178,6 +178,33 @@ def test_errors_show_the_first_cause_first_with_context_and_end_with_the_failure
     assert lines[-1] == f"FAILED: {failure.sentence()}"
 
 
+def test_where_the_first_cause_left_no_word_its_sentence_stands_first(tmp_path: Path) -> None:
+    write_log(tmp_path, 1, "train", "train-0", "rank-0", [(1.0, "ERROR: connection closed by peer")])
+    write_log(tmp_path, 1, "train", "train-1", "rank-1", [(0.5, "step 3")])
+    lost = Failure("train", "train-1", "supervisor", "host gpu7: no heartbeat for 10 s", "events.jsonl", 1, START)
+    end_attempt(tmp_path, 1, Outcome("requeue", "a node was lost", ("gpu7",), lost))
+    first, _, others, error, *_ = shown(errors(tmp_path))
+    assert first == f"== attempt 1, first cause: {lost.sentence()} =="
+    assert others == "== attempt 1, others =="
+    assert error.endswith("connection closed by peer")
+
+
+def test_between_attempts_stands_how_the_one_ended(tmp_path: Path) -> None:
+    write_log(tmp_path, 1, "train", "train-0", "rank-0", [(1.0, "one")])
+    end_attempt(tmp_path, 1, Outcome("requeue", "preempted"))
+    write_log(tmp_path, 2, "train", "train-0", "rank-0", [(2.0, "two")])
+    end_attempt(tmp_path, 2, Outcome("completed"))
+    _, *between, _, last = shown(logs(tmp_path))
+    assert between == ["-- attempt 1 ended: TO BE REQUEUED: preempted --", "-- attempt 2 --"]
+    assert last == "COMPLETED"
+
+
+def test_names_of_different_length_stand_one_below_the_other(tmp_path: Path) -> None:
+    write_log(tmp_path, 1, "train", "train-0", "rank-0", [(1.0, "one")])
+    write_log(tmp_path, 1, "rollout", "rollout-0", "rollout-server", [(2.0, "two")])
+    assert len({line.index("2026-") for line in shown(logs(tmp_path))}) == 1
+
+
 def test_errors_of_workers_and_chained_tracebacks_stay_in_one_block(tmp_path: Path) -> None:
     chained = [*TRACEBACK, "", "During handling of the above exception, another exception occurred:", "", *TRACEBACK]
     told = [f"(EngineCore pid=71) ERROR 11-20 12:50:11 [core.py:10] {text}" for text in chained]
