@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from cluster import Cluster
 from machine import why_not
 
 HERE = Path(__file__).parent
+SETTINGS = {"requeue_wait": 5}
+"""Where nothing is lost by a shorter wait than that of a cluster that somebody looks at."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,9 +37,11 @@ def slurm_session() -> Iterator[Cluster]:
     reason = why_not()
     if reason and os.environ.get("HPC_GYM_REQUIRE_SLURM") != "1":
         pytest.skip(f"no Slurm cluster: {reason}")
+    # Ended from outside, as by a time limit of CI, the tests still clean up and say what they found.
+    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("ended by SIGTERM"))
     cluster = Cluster(Path(tempfile.mkdtemp(prefix="hpc-gym-slurm-")), attached=True)
     try:
-        cluster.up(**json.loads(os.environ.get("HPC_GYM_SLURM_SETTINGS", "{}")))
+        cluster.up(**SETTINGS | json.loads(os.environ.get("HPC_GYM_SLURM_SETTINGS", "{}")))
         yield cluster
     finally:
         cluster.down(purge=True)

@@ -19,7 +19,7 @@ from hpc_gym.jobs.job import HpcgymJob
 from hpc_gym.jobs.submission import Request, submit_request
 from hpc_gym.plan.plan import Launch, Plan, Process, Runtime
 
-__all__ = ["FOREVER", "SlurmJob", "service", "submit", "task"]
+__all__ = ["FOREVER", "SlurmJob", "outcome_of", "resumed", "service", "submit", "task"]
 
 FOREVER = "import time; print('here', flush=True); time.sleep(600)"
 
@@ -31,6 +31,7 @@ SUPERVISION = {"time_limit_margin_s": 30.0, "node_silent_s": 10.0}
 class Listener:
     """A port that others can connect to, and the program that holds it."""
 
+    address: str
     port: int
     program: str
 
@@ -77,7 +78,12 @@ class SlurmJob:
     def all_started(self, attempt: int = 1, within_s: float = 40) -> None:
         """Waits until every process of an attempt has started."""
         wanted = sum(len(node.processes) for node in self.plan.nodes)
-        self.until(lambda: len(self.events("started", attempt=attempt)) >= wanted, within_s)
+
+        def ended() -> bool:
+            return bool(self.events("outcome", attempt=attempt))
+
+        self.until(lambda: len(self.events("started", attempt=attempt)) >= wanted or ended(), within_s)
+        assert not ended(), self.story()
 
     @property
     def plan(self) -> Plan:
@@ -90,6 +96,11 @@ class SlurmJob:
     def address(self, node: str, attempt: int = 1) -> str:
         return str(next(each for each in self.events("joined", attempt=attempt) if each["node"] == node)["address"])
 
+    def said(self, process: str, text: str, attempt: int = 1) -> None:
+        """Waits until a process, as `train-0-rank-0`, has said something."""
+        log = self.attempt(attempt) / "logs" / f"{process}.log"
+        self.until(lambda: log.exists() and text in log.read_text())
+
     def listening(self, host: str) -> list[Listener]:
         """What listens on a host where other nodes reach it."""
         found = []
@@ -97,14 +108,18 @@ class SlurmJob:
             fields = line.split()
             address, _, port = fields[3].rpartition(":")
             if not address.startswith(("127.", "[::1]")):
-                found.append(Listener(int(port), fields[5].split('"')[1] if len(fields) > 5 else ""))
+                found.append(Listener(address, int(port), fields[5].split('"')[1] if len(fields) > 5 else ""))
         return found
 
     def kill(self, node: str, process: str, attempt: int = 1) -> float:
         """Kills a process with SIGKILL and returns when."""
+        return self.signal(node, process, "KILL", attempt)
+
+    def signal(self, node: str, process: str, name: str, attempt: int = 1) -> float:
+        """Sends a process a signal and returns when."""
         started = [each for each in self.events("started", process, attempt) if each["node"] == node]
         now = time.time()
-        done = self.cluster.on(self.host(node, attempt), "kill", "-9", str(started[-1]["pid"]))
+        done = self.cluster.on(self.host(node, attempt), "kill", f"-{name}", str(started[-1]["pid"]))
         assert done.returncode == 0, done.stderr
         return now
 
@@ -137,7 +152,9 @@ class SlurmJob:
 
 @pytest.fixture
 def submit(slurm_cluster: Cluster, shared: Path) -> Iterator[Callable[..., SlurmJob]]:
-    """Submits a job of one node per list of processes. `components`: a heterogeneous job, by role."""
+    """Submits a job of one node per list of processes. `components`: a heterogeneous job, by role. `folder`: where its
+    run directory is made.
+    """
     jobs: list[SlurmJob] = []
 
     def make(
@@ -149,13 +166,16 @@ def submit(slurm_cluster: Cluster, shared: Path) -> Iterator[Callable[..., Slurm
         runtime: Runtime | None = None,
         setup: tuple[str, ...] = (),
         chain: int = 0,
+        folder: Path | None = None,
         **supervision: float,
     ) -> SlurmJob:
         rollout, train = (nodes[0], nodes[1:]) if nodes[0][0].role == "rollout" else ((), nodes)
         launch = Launch(
             kind="slurm", options={"time": 5, **(options or {})}, components=components, setup=setup, chain=chain
         )
-        plan = job_plans.plan(shared / f"run-{len(jobs)}", rollout, train, launch, secrets=secrets, env=env or {})
+        plan = job_plans.plan(
+            (folder or shared) / f"run-{len(jobs)}", rollout, train, launch, secrets=secrets, env=env or {}
+        )
         separate = bool(components)
         plan = replace(
             plan,
@@ -167,6 +187,21 @@ def submit(slurm_cluster: Cluster, shared: Path) -> Iterator[Callable[..., Slurm
         return jobs[-1]
 
     yield make
+
+
+def outcome_of(run: SlurmJob, attempt: int = 1, within_s: float = 60) -> dict[str, Any]:
+    """Waits until an attempt has ended; its last event."""
+    return dict(run.until(lambda: run.events("outcome", attempt=attempt), within_s)[0])
+
+
+def resumed(run: SlurmJob, what: str, since: float) -> set[str]:
+    """Waits for a second life and the job's good end; the hosts of that life."""
+    run.until(lambda: not run.attempt(1).samefile(run.attempt()) and run.events("joined"), run.patience)
+    run.figure(f"{what}: running again", run.events("joined")[0]["time"] - since, within=run.patience)
+    run.freed(run.patience)
+    assert run.job.state == "COMPLETED", run.story()
+    assert run.output().splitlines()[-1] == "COMPLETED"
+    return {event["host"] for event in run.events("joined")}
 
 
 def _submitted(plan: Plan) -> HpcgymJob:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from slurm_jobs import FOREVER, SlurmJob, service, task
+from slurm_jobs import FOREVER, SlurmJob, outcome_of, resumed, service, task
 
 Submit = Callable[..., SlurmJob]
 
@@ -29,26 +29,12 @@ def small_job(submit: Submit, **how: object) -> SlurmJob:
     return run
 
 
-def resumed(run: SlurmJob, what: str, since: float) -> set[str]:
-    """Waits for a second life and the job's good end; the hosts of that life."""
-    run.until(lambda: not run.attempt(1).samefile(run.attempt()) and run.events("joined"), run.patience)
-    run.figure(f"{what}: running again", run.events("joined")[0]["time"] - since, within=run.patience)
-    run.freed(run.patience)
-    assert run.job.state == "COMPLETED", run.story()
-    assert run.output().splitlines()[-1] == "COMPLETED"
-    return {event["host"] for event in run.events("joined")}
-
-
-def outcome_time(run: SlurmJob, attempt: int = 1) -> float:
-    return float(run.events("outcome", attempt=attempt)[0]["time"])
-
-
 @pytest.mark.parametrize("components", [(), HETEROGENEOUS], ids=["plain", "heterogeneous"])
 def test_near_the_time_limit_tasks_stop_at_a_checkpoint_and_the_job_is_requeued(
     submit: Submit, components: tuple[dict[str, object], ...]
 ) -> None:
-    run = small_job(submit, components=components, options={"time": 1})
-    stopped = run.until(lambda: run.events("outcome", attempt=1), 150)[0]["time"]
+    run = small_job(submit, components=components, options={"time": 1}, time_limit_margin_s=40.0)
+    stopped = outcome_of(run, within_s=150)["time"]
     resumed(run, "time limit near", stopped)
     assert {event["exit_code"] for event in run.events("exited", attempt=1)} == {85}
     assert run.events("outcome", attempt=1)[0]["kind"] == "requeue"
@@ -63,17 +49,12 @@ def test_after_a_node_crashed_the_job_goes_on_without_it(
     host = run.host(node)
     crashed = time.time()
     run.cluster.crash(host)
+    if node != "rollout-0":
+        # Long before Slurm would, where its time-out is production's.
+        noticed = run.until(lambda: run.events("silent", attempt=1))[0]["time"]
+        run.figure("a node crashes: noticed", noticed - crashed, within=15)
     where = "the coordinator's node" if node == "rollout-0" else "another node"
     assert host not in resumed(run, f"{where} crashes", crashed)
-
-
-def test_a_silent_node_is_noticed_within_15_s_long_before_slurm_would(submit: Submit) -> None:
-    run = small_job(submit)
-    host = run.host("train-1")
-    crashed = time.time()
-    run.cluster.crash(host)
-    run.until(lambda: run.events("silent", attempt=1))
-    run.figure("a node crashes: noticed", run.events("silent", attempt=1)[0]["time"] - crashed, within=15)
 
 
 def test_slurmd_killed_alone_does_not_disturb_the_job(submit: Submit) -> None:
@@ -81,30 +62,30 @@ def test_slurmd_killed_alone_does_not_disturb_the_job(submit: Submit) -> None:
     run.cluster.kill_daemon(run.host("train-1"), "slurmd")
     time.sleep(4)
     run.cluster.up()
-    time.sleep(8)
+    time.sleep(6)
     assert run.job.get_info()["State"] == "RUNNING"
     assert not run.events("outcome")
     assert not run.attempt(2).exists()
 
 
-def test_a_restart_of_the_controller_does_not_disturb_the_job(submit: Submit) -> None:
+def test_a_restart_of_the_controller_does_not_disturb_the_job_and_a_requeue_that_falls_due_meanwhile_waits_for_it(
+    submit: Submit,
+) -> None:
     run = small_job(submit)
     time.sleep(6)  # the controller saves its state every few seconds
     run.cluster.kill_daemon("head", "slurmctld")
     time.sleep(3)
     run.cluster.up()
-    time.sleep(8)
+    time.sleep(5)
     assert run.job.get_info()["State"] == "RUNNING"
-    assert not run.attempt(2).exists()
-
-
-def test_a_preempted_job_saves_and_resumes(submit: Submit) -> None:
-    run = small_job(submit, options={"partition": "preempt"})
-    run.cluster.slurm("sbatch", "-pgpu", "-N5", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 5")
-    stopped = run.until(lambda: run.events("outcome", attempt=1))[0]["time"]
-    resumed(run, "preempted", stopped)
-    assert run.events("outcome", attempt=1)[0]["kind"] == "requeue"
-    assert {event["exit_code"] for event in run.events("exited", "rank-0", attempt=1)} == {85}
+    assert not run.events("outcome")
+    run.cluster.kill_daemon("head", "slurmctld")
+    run.signal("train-0", "rank-0", "USR2")
+    stopped = outcome_of(run)["time"]
+    run.until(lambda: "waiting for Slurm's controller: scontrol requeue" in run.output())
+    run.cluster.up()
+    resumed(run, "asked to stop at a checkpoint, controller away", stopped)
+    assert not run.attempt(3).exists()
 
 
 @pytest.mark.parametrize("node", ["rollout-0", "train-1"])
@@ -123,11 +104,16 @@ def test_a_killed_supervisor_fails_the_job_and_leaves_nothing(submit: Submit, no
 
 
 def test_nodes_lost_three_times_in_a_row_fail_the_job(submit: Submit) -> None:
-    stays = "import time; time.sleep(600)"
-    run = submit([service("server", FOREVER)], [task("rank-0", stays)])
+    run = submit([service("server", FOREVER)], [task("rank-0", FOREVER)])
     for attempt in (1, 2, 3):
         run.all_started(attempt, within_s=run.patience)
-        run.cluster.crash(run.host("train-0", attempt))
+        host = run.host("train-0", attempt)
+        run.cluster.crash(host)
+        outcome_of(run, attempt)
+        if run.cluster.settings().slurmd_timeout > 60:
+            # What frees the node's place in the job sooner: an administrator gives the node up.
+            time.sleep(5)
+            run.cluster.slurm("scontrol", "update", f"NodeName={host}", "State=DOWN", "Reason=crashed")
     run.freed(run.patience)
     assert run.job.state == "FAILED"
     assert "role train, node train-0" in run.output().splitlines()[-1]

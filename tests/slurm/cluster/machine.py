@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client", "iproute2", "procps")
+PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client", "iproute2", "procps", "e2fsprogs", "mount")
 ACCOUNTING_PACKAGES = ("slurmdbd", "mariadb-server")
 
 
@@ -92,9 +93,16 @@ def _has(packages: Sequence[str]) -> bool:
 
 
 def install(packages: Sequence[str], log_dir: Path) -> None:
-    """Install what is missing, without starting the packages' own services."""
+    """Install what is missing, without starting the packages' own services. One at a time on a machine."""
     if not shutil.which("dpkg-query") or _has(packages):
         return
+    with Path("/run/hpc-gym-slurm.install").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _has(packages):
+            _install(packages, log_dir)
+
+
+def _install(packages: Sequence[str], log_dir: Path) -> None:
     policy = Path("/usr/sbin/policy-rc.d")
     ours = not policy.exists()
     if ours:
