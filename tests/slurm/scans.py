@@ -145,7 +145,8 @@ def variables_of(run: SlurmJob) -> dict[str, list[bytes]]:
     found: dict[str, list[bytes]] = {}
     for data in _each_process("environ"):
         fields = dict(each.partition(b"=")[::2] for each in data.split(b"\0"))
-        if fields.get(b"HPC_GYM_RUN_DIR") == str(run.run_dir).encode():
+        # Programs that call themselves something (Ray's, vLLM's) write it over the end of their environment.
+        if fields.get(b"HPC_GYM_RUN_DIR") == str(run.run_dir).encode() and b"HPC_GYM_PROCESS" in fields:
             found.setdefault(fields[b"HPC_GYM_PROCESS"].split()[-1].decode(), []).append(data)
     return found
 

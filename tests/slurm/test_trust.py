@@ -155,7 +155,7 @@ def test_the_demos_job_keeps_its_secrets_and_answers_nobody_who_has_no_token(
     assert seen["WANDB_API_KEY"] == {"rank-0", "rank-1"}
     environments = scans.variables_of(run)
     assert set(environments) >= {"vllm-0", "gym", "rollout-server", "rank-0", "rank-1"}
-    assert all(b"HF_HUB_OFFLINE=1" in data for each in environments.values() for data in each)
+    assert all(any(b"HF_HUB_OFFLINE=1" in data for data in each) for each in environments.values())
     only_documented_ports_answer(run)
     what_is_on_loopback_wants_a_token_or_is_nemo_gym(run)
     for node in ("rollout-0", "train-0"):
