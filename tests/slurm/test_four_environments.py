@@ -8,6 +8,7 @@ import json
 import os
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,10 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with `policy` and `judge`."""
+def models(slurm_session: Cluster) -> Path:
+    """The folder with `policy` and `judge`, which the nodes see."""
     build(["gym", "train-cpu", "inference-cpu"])
-    folder = tmp_path_factory.mktemp("models")
+    folder = Path(tempfile.mkdtemp(dir=slurm_session.shared))
     (folder / "code").mkdir()
     (folder / "code" / "hpc_gym").symlink_to(Path(hpc_gym.__file__).parent)
     packages = next(spec_of("gym").python.parents[1].glob("lib/python3.*/site-packages"))
