@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_gym.jobs import log_merge
+from hpc_gym.jobs.log_errors import LogLine
 from hpc_gym.jobs.log_files import LogFile, Selection, log_files
 from hpc_gym.jobs.logs import errors, logs
 from hpc_gym.protocol.attempt import Failure, Outcome
@@ -246,3 +247,16 @@ def test_outcome_reads_what_it_writes(tmp_path: Path) -> None:
     end_attempt(tmp_path, 1, Outcome("failed", failure=failure))
     assert json.loads((tmp_path / "failure.json").read_text()) == asdict(failure)
     assert parse_line(stamp(START) + b"text") == (START, b"text")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("ERROR", "CRITICAL x", "FATAL", "Fatal Python error: Aborted", "panic: x", "Segmentation fault", "Bus error"),
+        *("Killed", "Out of memory", "out of memory", "CUDA error: x", "NCCL error in", "No space left on device"),
+        *("Unable to allocate 3 GiB", "ValueError: x", "torch.OutOfMemoryError: x", "a.b.MyException: x"),
+    ],
+)
+def test_what_counts_as_an_error(text: str) -> None:
+    assert LogLine.of(stamp(START) + text.encode()).is_error
+    assert not LogLine.of(stamp(START) + b"step 7 reward 0.5").is_error
