@@ -271,6 +271,9 @@ class Coordinator:
         standing = await asyncio.to_thread(scontrol.standing, os.environ.get("HPC_GYM_JOB_ID", ""), _ASK_SLURM_FOR_S)
         if standing.preempted and standing.state == "RUNNING":
             self._checkpoint(scontrol.PREEMPTED)
+        elif standing.state == "PENDING":
+            # Until KillWait is over.
+            self._checkpoint(scontrol.QUEUED_AGAIN)
         elif not self._verdict.cancelled:
             self._verdict.cancelled = "the job received SIGTERM"
         self._changed.set()

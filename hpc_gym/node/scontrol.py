@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import time
@@ -9,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 PREEMPTED = "the job was preempted"
+QUEUED_AGAIN = "Slurm queues the job again"
 
 _STARTED_TOGETHER_S = 5.0
 _CONTROLLER_MAY_BE_AWAY_S = 600.0
 """A controller that is restarted or replaced by its backup comes back; the running job waits for it as its nodes do."""
 _ASK_AGAIN_S = 2.0
+_CANCELLED_WITHIN_S = 1.0
 _NO_ANSWER = re.compile(
     r"unable to contact|socket timed out|connect failure|communication|zero bytes|temporarily|gave no answer"
     r"|transport endpoint|standby mode",
@@ -27,7 +30,7 @@ class Standing:
     """How Slurm sees the job."""
 
     state: str
-    """RUNNING, PENDING (it is being requeued), CANCELLED, TIMEOUT, ...; "" where Slurm could not be asked."""
+    """RUNNING, PENDING (it has been requeued), CANCELLED, TIMEOUT, ...; "" where Slurm could not be asked."""
     preempted: bool
     """Slurm has begun to take the nodes away for another job."""
 
@@ -39,7 +42,9 @@ def standing(job_id: str, within_s: float = _CONTROLLER_MAY_BE_AWAY_S) -> Standi
     text = _run(["scontrol", "--oneliner", "show", "job", job_id], within_s).stdout.partition("\n")[0]
     fields = dict(field.partition("=")[::2] for field in text.split() if "=" in field)
     preempted = fields.get("PreemptTime", "None") not in ("None", "Unknown", "N/A")
-    return Standing(fields.get("JobState", ""), preempted)
+    # While its nodes are cleared a job is COMPLETING, whether it has ended or is queued again.
+    queued_again = int(fields.get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return Standing("PENDING" if queued_again else fields.get("JobState", ""), preempted)
 
 
 def has_outlived_its_leader(job_id: str) -> bool:
@@ -56,13 +61,14 @@ def has_outlived_its_leader(job_id: str) -> bool:
 
 
 def requeue(job_id: str, exclude: Sequence[str]) -> str:
-    """Asks Slurm to queue the job again, without the hosts in `exclude`; why it refused, or "".
+    """Asks Slurm to queue the job again, where it does not do so already, without the hosts in `exclude`; why it
+    refused, or "".
 
     Slurm takes the list for a job that waits only, so it is set after the requeue. There is time: the job starts again
     after `cred_expire` seconds at the earliest, and this process, when it ignores SIGTERM, lives for KillWait seconds.
     """
     asked = _run(["scontrol", "requeue", job_id], aloud=True)
-    if asked.returncode != 0:
+    if asked.returncode != 0 and standing(job_id).state != "PENDING":
         return asked.stderr.strip() or f"scontrol requeue exited with {asked.returncode}"
     deadline = time.monotonic() + 5
     while exclude:
@@ -79,6 +85,13 @@ def requeue(job_id: str, exclude: Sequence[str]) -> str:
 def cancel(job_ids: Sequence[str]) -> None:
     """Ends jobs as CANCELLED; those that have ended stay as they are."""
     _run(["scancel", *job_ids])
+
+
+def cancel_own(job_id: str) -> None:
+    """Ends the job that this process belongs to, and returns when Slurm has said so in the job's log."""
+    cancel([job_id])
+    # Nothing tells when: it comes with the SIGTERM to the batch script.
+    time.sleep(_CANCELLED_WITHIN_S)
 
 
 def excluded(job_id: str) -> list[str]:

@@ -33,6 +33,8 @@ _OUTCOME_MAY_TAKE_S = 5.0
 """From the end of srun until its outcome is seen: another process wrote it, perhaps through a file server."""
 _REQUEUES_IN_VAIN = 2
 """Requeues that may follow one another without a training step between them: bad nodes, too short a time limit."""
+_OTHERS_DECIDED = (scontrol.PREEMPTED, scontrol.QUEUED_AGAIN)
+"""Reasons of a requeue that say nothing against the job."""
 _OWN_END = {
     "TIMEOUT": "the time limit was reached",
     "NODE_FAIL": "Slurm saw a node fail",
@@ -82,6 +84,11 @@ class SlurmNodes:
         if outcome.kind == "requeue" and (in_vain := self._in_vain()) > _REQUEUES_IN_VAIN:
             cause = f"{in_vain} attempts in a row ended before their first training step: {outcome.reason}"
             outcome = self._wrote(Outcome("failed", failure=outcome.failure or self._failure(cause)))
+        if outcome.kind != "requeue":
+            attempts.end(Path(self._plan.run_dir))
+            self._end_chain()
+            if outcome.kind == "cancelled" and scontrol.standing(self._job_id).state == "RUNNING":
+                scontrol.cancel_own(self._job_id)
         print(outcome.sentence(), flush=True)
         if outcome.kind == "requeue":
             if self._plan.launch.chain:
@@ -89,11 +96,6 @@ class SlurmNodes:
             elif refusal := scontrol.requeue(self._job_id, self._excluded()):
                 print(f"Slurm does not requeue job {self._job_id}: {refusal}", flush=True)
                 print(f"`hpc-gym resume {self._plan.name}` goes on from the last checkpoint", flush=True)
-            return outcome.exit_code
-        attempts.end(Path(self._plan.run_dir))
-        self._end_chain()
-        if outcome.kind == "cancelled" and scontrol.standing(self._job_id).state == "RUNNING":
-            scontrol.cancel([self._job_id])
         return outcome.exit_code
 
     def _end_chain(self) -> None:
@@ -129,7 +131,7 @@ class SlurmNodes:
         # SIGTERM is all that a job hears when Slurm itself ends it: what for, Slurm knows.
         state = scontrol.standing(self._job_id).state
         if state in ("PENDING", "NODE_FAIL", "PREEMPTED", "REQUEUED"):
-            corrected = Outcome("requeue", _OWN_END.get(state, "Slurm queues the job again"))
+            corrected = Outcome("requeue", _OWN_END.get(state, scontrol.QUEUED_AGAIN))
         elif state == "TIMEOUT":
             corrected = Outcome("failed", failure=self._failure(_OWN_END[state]))
         elif state == "CANCELLED":
@@ -170,7 +172,7 @@ class SlurmNodes:
         number = self._context.attempt
         while number > 0 and number not in trained:
             outcome = Outcome.read(self._context.attempt_dir.with_name(str(number)))
-            if outcome is None or outcome.kind != "requeue" or outcome.reason == scontrol.PREEMPTED:
+            if outcome is None or outcome.kind != "requeue" or outcome.reason in _OTHERS_DECIDED:
                 break
             number -= 1
         return self._context.attempt - number

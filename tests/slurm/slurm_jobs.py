@@ -139,7 +139,8 @@ class SlurmJob:
     @property
     def patience(self) -> float:
         """Seconds after which a job has come back from whatever happened to a node."""
-        return 90 + self.cluster.settings().slurmd_timeout
+        # Slurm asks its nodes every third of the time-out.
+        return 120 + 1.4 * self.cluster.settings().slurmd_timeout
 
     def left(self) -> dict[str, list[str]]:
         """Processes on the nodes."""
