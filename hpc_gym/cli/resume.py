@@ -23,15 +23,23 @@ def resume(
     \b
     hpc-gym resume latest
     hpc-gym resume workplace nodes.rollout=2 cluster.slurm.time=48:00:00
-    """
-    from hpc_gym.jobs.resume import resume as resume_job
 
-    resumed = resume_job(job, overrides or ())
+    \b
+    hpc-gym resume workplace nodes.train=4
+    With another number of training ranks a step stays what it was: the batch of a rank is changed for it.
+    """
+    from hpc_gym.jobs.resume import prepare_resumption, submit_resumption
+
+    resumption = prepare_resumption(job, overrides or ())
+    resumed = submit_resumption(resumption)
     if as_json:
         import json
 
-        typer.echo(json.dumps({"job_id": resumed.job_id, "name": resumed.record.name, "run_dir": str(resumed.run_dir)}))
+        facts = {"job_id": resumed.job_id, "name": resumed.record.name, "run_dir": str(resumed.run_dir)}
+        typer.echo(json.dumps(facts | {"adapted": dict(resumption.adapted)}))
     else:
+        if resumption.told:
+            typer.echo(resumption.told)
         typer.echo(f"Submitted job {resumed.job_id}, which goes on with {resumed.run_dir}.")
     if follow:
         from hpc_gym.cli.live import follow_job

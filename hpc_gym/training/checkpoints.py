@@ -48,21 +48,22 @@ class Checkpoints:
         found = [checkpoint for path in self._folders() if (checkpoint := _read(path)) is not None]
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
-    def last(self, world_size: int) -> Checkpoint | None:
+    def last(self, prompts_per_step: int) -> Checkpoint | None:
         """The newest whole checkpoint; None when the run starts from the beginning.
 
-        Raises CheckpointError when another number of ranks wrote it: DeepSpeed keeps one part of the optimizer per
-        rank.
+        Raises CheckpointError when it was trained with another number of prompts per step: the order of the data would
+        not go on where it was.
         """
         found = self.complete()
         if not found:
             return None
-        if found[-1].world_size != world_size:
+        last = found[-1]
+        if last.draws != last.step * prompts_per_step:
             raise CheckpointError(
-                f"{found[-1].path} was written by {found[-1].world_size} ranks and cannot be resumed by {world_size}: "
-                "resume with the same number of training processes"
+                f"{last.path} was written after {last.draws} prompts in {last.step} steps, but this job trains on "
+                f"{prompts_per_step} prompts per step: resume with the batch that it was trained with"
             )
-        return found[-1]
+        return last
 
     def is_complete(self, step: int) -> bool:
         return _read(self.path(step)) is not None

@@ -46,7 +46,7 @@ class TrainingRun:
         if ranks.is_first:
             print(f"a first all-reduce of {ranks.world_size} ranks took {seconds:.3f} s", flush=True)
         self._checkpoints = Checkpoints(run_dir / "checkpoints", training.checkpoints_kept)
-        self._resumed = self._find_checkpoint()
+        self._resumed = self._find_checkpoint(training.prompts_per_step)
         arguments = grpo_arguments(training, plan.seed, self._checkpoints.folder, on_gpu=on_gpu, timeout_s=timeout_s)
         self._recorder = Recorder(plan, attempt) if ranks.is_first else None
         sender = (
@@ -85,6 +85,7 @@ class TrainingRun:
             rollout_func=rollouts,
             ranks=ranks,
             checkpoints=self._checkpoints,
+            resumed=self._resumed,
             prompts_per_step=training.prompts_per_step,
             on_policy_tolerance=training.on_policy_tolerance,
         )
@@ -125,14 +126,16 @@ class TrainingRun:
     def _step(self) -> int:
         return int(self._trainer.state.global_step)
 
-    def _find_checkpoint(self) -> Checkpoint | None:
+    def _find_checkpoint(self, prompts_per_step: int) -> Checkpoint | None:
         """Rank 0 looks, so that all ranks take the same one whatever the file system shows them yet."""
         found = None
         if self._ranks.is_first:
             self._checkpoints.remove_torn()
-            found = self._checkpoints.last(self._ranks.world_size)
+            found = self._checkpoints.last(prompts_per_step)
             if found:
-                print(f"resuming from {found.path}", flush=True)
+                other = found.world_size != self._ranks.world_size
+                ranks = f", which {found.world_size} ranks wrote, with {self._ranks.world_size}" if other else ""
+                print(f"resuming from {found.path}{ranks}", flush=True)
         return self._ranks.from_first(found)
 
 

@@ -12,16 +12,18 @@ from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainerCallback
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.utils import logging as transformers_logging
 from trl import GRPOTrainer
 
 from hpc_gym.protocol.notify import notify
 from hpc_gym.training.alive import saying_alive
-from hpc_gym.training.checkpoints import Checkpoints
+from hpc_gym.training.checkpoints import Checkpoint, Checkpoints
 from hpc_gym.training.evaluation import Evaluator
 from hpc_gym.training.metrics import Recorder
 from hpc_gym.training.policy import PolicyWeights
 from hpc_gym.training.ranks import Ranks
+from hpc_gym.training.repartition import repartitioning
 from hpc_gym.training.rollouts import RolloutFunction
 from hpc_gym.training.stopping import StopSignal
 
@@ -80,6 +82,7 @@ class PolicyTrainer(GRPOTrainer):
         *arguments: Any,
         ranks: Ranks,
         checkpoints: Checkpoints,
+        resumed: Checkpoint | None,
         prompts_per_step: int,
         on_policy_tolerance: float,
         **keywords: Any,
@@ -91,6 +94,7 @@ class PolicyTrainer(GRPOTrainer):
         """Of all rollouts since it was last reset."""
         self._ranks = ranks
         self._checkpoints = checkpoints
+        self._resumed = resumed
         self._prompts_per_step = prompts_per_step
         self._on_policy_tolerance = on_policy_tolerance
 
@@ -146,6 +150,20 @@ class PolicyTrainer(GRPOTrainer):
             )
         if difference.unknown:
             raise OffPolicy(f"step {step}: vLLM gave no log-probability for {difference.unknown} tokens")
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """Also loads the checkpoint. A rank that finds no random state of its own starts from the seed, as transformers
+        does it: the data and the rollouts do not depend on it.
+        """
+        resumed = self._resumed
+        if resumed is None or resumed.world_size == self._ranks.world_size:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        with saying_alive(), repartitioning(self.model_wrapped, resumed):
+            deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        self._load_scaler(resume_from_checkpoint)
+        return prepared
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """TRL writes a page for the hub beside the checkpoints; nothing here goes there."""

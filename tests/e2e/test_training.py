@@ -1,7 +1,10 @@
-"""The training ranks on the real TRL and DeepSpeed: exact resume, stop at a checkpoint, export, failed rollouts."""
+"""The training ranks on the real TRL and DeepSpeed: exact resume, also by other ranks, stop at a checkpoint, export,
+failed rollouts.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -10,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_plans import copy_of, jsonl, run_directory
+from training_plans import copy_of, jsonl, on_other_ranks, run_directory
 from training_processes import json_lines, run_program, start_ranks, wait_ranks
 
 pytestmark = pytest.mark.e2e
@@ -18,6 +21,9 @@ pytestmark = pytest.mark.e2e
 STEPS = 6
 ROWS_PER_RANK = 4
 """Two prompts of four rollouts each, over two ranks: a whole group per rank."""
+
+FALLING = {"lr_scheduler_type": "linear"}
+"""A learning rate that tells in which step of how many it is."""
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +33,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def begin(run: Path, attempt: int, mode: str = "fixed", records: str = "", **env: str) -> list[Any]:
+def begin(run: Path, attempt: int, mode: str = "fixed", records: str = "", ranks: int = 2, **env: str) -> list[Any]:
     variables = {
         "HPC_GYM_ATTEMPT": str(attempt),
         "DRAWS": str(run / "draws"),
-        "ROWS_PER_RANK": str(ROWS_PER_RANK),
+        "ROWS_PER_RANK": str(2 * ROWS_PER_RANK // ranks),
         **env,
     }
-    return start_ranks("train.py", [run, mode, records], run / "logs", **variables)
+    return start_ranks("train.py", [run, mode, records], run / "logs", ranks, **variables)
 
 
-def train(run: Path, attempt: int = 1, mode: str = "fixed", records: str = "", **env: str) -> None:
-    wait_ranks(begin(run, attempt, mode, records, **env), run / "logs")
+def train(run: Path, attempt: int = 1, mode: str = "fixed", records: str = "", ranks: int = 2, **env: str) -> None:
+    wait_ranks(begin(run, attempt, mode, records, ranks, **env), run / "logs")
 
 
 def stop_at(run: Path, step: int) -> None:
@@ -65,7 +71,7 @@ def draws(run: Path) -> dict[tuple[int, int], list[int]]:
 def straight(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of six steps in one piece, with ZeRO-2."""
     folder = tmp_path_factory.mktemp("runs") / "straight"
-    run = run_directory(folder, model, steps=STEPS, prompts_per_step=2, checkpoint_every=2, evaluate=True)
+    run = run_directory(folder, model, steps=STEPS, prompts_per_step=2, checkpoint_every=2, evaluate=True, grpo=FALLING)
     train(run)
     return run
 
@@ -109,7 +115,9 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(
 ) -> None:
     run = copy_of(straight, tmp_path / "resumed")
     if zero_stage == 3:
-        run = run_directory(tmp_path / "resumed-3", model, steps=STEPS, prompts_per_step=2, zero_stage=3, evaluate=True)
+        run = run_directory(
+            tmp_path / "resumed-3", model, steps=STEPS, prompts_per_step=2, zero_stage=3, evaluate=True, grpo=FALLING
+        )
     stop_at(run, 3)
     assert not (run / "model").exists()
     assert (run / "checkpoints" / "checkpoint-3" / "complete.json").exists()
@@ -133,6 +141,46 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(
     assert draws(run) == draws(straight)
     facts = json_lines(run_program("exported.py", run / "model", straight / "model"))[0]
     assert facts["distances"][0] < 1e-6
+
+
+@pytest.mark.parametrize(("zero_stage", "ranks", "steps"), [(2, 4, STEPS), (3, 1, STEPS + 1)])
+def test_other_ranks_go_on_as_if_they_had_always_been_there(
+    zero_stage: int, ranks: int, steps: int, straight: Path, model: Path, tmp_path: Path
+) -> None:
+    """From step 4 of six: a step takes the same rows, and finds the same loss, gradient and learning rate. And the run
+    may become longer.
+    """
+    before = straight
+    if zero_stage == 3:
+        before = run_directory(
+            tmp_path / "before", model, steps=STEPS, prompts_per_step=2, checkpoint_every=2, zero_stage=3
+        )
+        train(before)
+    run = on_other_ranks(before, tmp_path / "after", ranks, from_step=4, steps=steps)
+    train(run, attempt=2, ranks=ranks)
+    expected, found = jsonl(before / "metrics.jsonl")[4:], jsonl(run / "metrics.jsonl")
+    assert [line["step"] for line in found] == list(range(5, steps + 1))
+    for line, other in zip(found, expected, strict=False):
+        for name in ("reward", "reward_std", "tokens", "completion_tokens", "learning_rate"):
+            assert line[name] == pytest.approx(other[name], rel=1e-6), name
+        for name in ("loss", "grad_norm", "entropy"):
+            assert line[name] == pytest.approx(other[name], rel=1e-3, abs=1e-6), name
+    rows = {step: sorted(groups) for step, groups in rows_of_steps(run, ranks).items() if step < STEPS}
+    assert rows == {step: groups for step, groups in rows_of_steps(before, 2).items() if step >= 4}
+    marker = json.loads((run / "checkpoints" / "checkpoint-6" / "complete.json").read_text())
+    assert marker == {"step": 6, "world_size": ranks, "draws": 12}
+    if steps == STEPS:
+        facts = json_lines(run_program("exported.py", run / "model", before / "model"))[0]
+        assert facts["distances"][0] < 1e-5
+
+
+def rows_of_steps(run: Path, ranks: int) -> dict[int, list[int]]:
+    """The draws of each step over all ranks, in order."""
+    found: dict[int, list[int]] = {}
+    for rank in range(ranks):
+        for step, groups in jsonl(run / f"draws.{rank}"):
+            found.setdefault(step, []).extend(groups)
+    return {step: sorted(groups) for step, groups in found.items()}
 
 
 def test_a_run_that_only_lacks_its_export_is_finished(straight: Path) -> None:

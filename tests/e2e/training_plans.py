@@ -19,6 +19,7 @@ from hpc_gym.plan.plan import (
     Supervision,
     Training,
 )
+from hpc_gym.plan.same_batch import same_batch
 
 ROWS = 12
 """Rows of each of the two environments."""
@@ -112,4 +113,17 @@ def copy_of(run: Path, folder: Path) -> Path:
     plan = json.loads((folder / "plan.json").read_text())
     plan["run_dir"] = str(folder)
     (folder / "plan.json").write_text(json.dumps(plan))
+    return folder
+
+
+def on_other_ranks(run: Path, folder: Path, ranks: int, *, from_step: int, steps: int) -> Path:
+    """What `hpc-gym resume` makes of a run that ended after `from_step`, in another folder: other ranks, same step."""
+    folder.mkdir(parents=True)
+    shutil.copytree(run / "checkpoints" / f"checkpoint-{from_step}", folder / "checkpoints" / f"checkpoint-{from_step}")
+    plan = json.loads((run / "plan.json").read_text())
+    training = plan["training"]
+    changed = same_batch(training["grpo"], training["world_size"], ranks)
+    assert changed
+    training |= {"world_size": ranks, "grpo": training["grpo"] | changed | {"max_steps": steps}}
+    (folder / "plan.json").write_text(json.dumps(plan | {"run_dir": str(folder)}))
     return folder

@@ -50,13 +50,22 @@ def test_a_job_that_lives_is_not_resumed(waiting: HpcgymJob) -> None:
         resume(str(waiting.run_dir))
 
 
-def test_another_number_of_training_ranks_than_wrote_the_checkpoint_is_refused(waiting: HpcgymJob) -> None:
+def test_another_number_of_training_nodes_goes_on_with_the_same_step(waiting: HpcgymJob) -> None:
     waiting.cancel()
     checkpoint = waiting.run_dir / "checkpoints" / "checkpoint-4"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "complete.json").write_text(json.dumps({"step": 4, "world_size": 3, "draws": 12}))
-    with pytest.raises(UserError, match="was written by 3 training ranks; this job would have 2"):
-        resume(str(waiting.run_dir))
+    (checkpoint / "complete.json").write_text(json.dumps({"step": 4, "world_size": 2, "draws": 12}))
+    again = resume(str(waiting.run_dir), ["nodes.train=4"])
+    plan = Plan.read(waiting.run_dir)
+    again.cancel()
+    assert [node.name for node in plan.nodes if node.role == "train"] == [f"train-{index}" for index in range(4)]
+    assert (plan.training.world_size, plan.training.prompts_per_step) == (4, 3)
+    assert "per_device_train_batch_size: 3" in (waiting.run_dir / "experiment.yaml").read_text()
+    # Nothing was trained meanwhile; the batch of the job that ended last is what is kept.
+    resume(str(waiting.run_dir), ["nodes.train=1"]).cancel()
+    assert Plan.read(waiting.run_dir).training.grpo["gradient_accumulation_steps"] == 4
+    with pytest.raises(UserError, match="5 training ranks cannot share the step"):
+        resume(str(waiting.run_dir), ["nodes.train=5"])
 
 
 def test_a_resumed_run_keeps_its_name_and_place(waiting: HpcgymJob) -> None:

@@ -23,13 +23,13 @@ def test_the_newest_whole_one_is_resumed_from(tmp_path: Path) -> None:
     for step in (2, 10, 9):
         write(checkpoints, step)
     write(checkpoints, 11, whole=False)
-    found = checkpoints.last(world_size=2)
+    found = checkpoints.last(prompts_per_step=10)
     assert found is not None
     assert (found.step, found.draws, found.path) == (10, 100, tmp_path / "checkpoint-10")
 
 
 def test_a_run_without_checkpoints_starts_from_the_beginning(tmp_path: Path) -> None:
-    assert Checkpoints(tmp_path / "nothing", kept=1).last(2) is None
+    assert Checkpoints(tmp_path / "nothing", kept=1).last(10) is None
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"step": 4}', "null"])
@@ -37,7 +37,7 @@ def test_a_marker_that_is_not_whole_does_not_count(tmp_path: Path, content: str)
     checkpoints = Checkpoints(tmp_path, kept=1)
     (write(checkpoints, 4, whole=False) / MARKER).write_text(content)
     assert not checkpoints.is_complete(4)
-    assert checkpoints.last(2) is None
+    assert checkpoints.last(10) is None
 
 
 def test_torn_ones_are_removed_and_nothing_else(tmp_path: Path) -> None:
@@ -58,8 +58,12 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-3"]
 
 
-def test_another_number_of_ranks_is_refused_with_a_sentence(tmp_path: Path) -> None:
+def test_any_number_of_ranks_goes_on_but_not_another_batch(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, kept=2)
     write(checkpoints, 5, world_size=8)
-    with pytest.raises(CheckpointError, match=r"written by 8 ranks .* by 2: resume with the same number"):
-        checkpoints.last(world_size=2)
+    found = checkpoints.last(prompts_per_step=10)
+    assert found is not None and found.world_size == 8
+    with pytest.raises(
+        CheckpointError, match=r"after 50 prompts in 5 steps, but this job trains on 4 prompts per step"
+    ):
+        checkpoints.last(prompts_per_step=4)

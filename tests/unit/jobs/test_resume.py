@@ -1,0 +1,167 @@
+"""What `hpc-gym resume` makes of a run that has ended: another number of nodes, the same step, the same data order."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from small_project import Project, project
+
+from hpc_gym.errors import UserError
+from hpc_gym.jobs.records import JobRecord, ProcessIdentity
+from hpc_gym.jobs.resume import Resumption, prepare_resumption
+from hpc_gym.plan.resolve import resolve
+from hpc_gym.protocol.attempt import Outcome
+from hpc_gym.runtimes.spec import MARKER, default_names, spec_of
+
+__all__ = ["project"]
+
+
+class Ended:
+    """A local run on two ranks that has failed: twelve completions a step, three prompts with four rollouts each."""
+
+    def __init__(self, project: Project, *overrides: str) -> None:
+        resolved = resolve(project.write(), overrides)
+        self.run_dir = Path(resolved.plan.run_dir)
+        self.run_dir.mkdir(parents=True)
+        (self.run_dir / "plan.json").write_text(resolved.plan.to_json())
+        (self.run_dir / "experiment.yaml").write_text(resolved.experiment_yaml())
+        gone = ProcessIdentity(os.uname().nodename, "another life", 1, 1)
+        JobRecord("local-1", "local", "small", str(self.run_dir), "small.yaml", "local", 3, 0.0, gone).write()
+
+    def saved(self, step: int, draws: int, ranks: int = 2) -> Ended:
+        folder = self.run_dir / "checkpoints" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "complete.json").write_text(json.dumps({"step": step, "world_size": ranks, "draws": draws}))
+        return self
+
+    def resumed(self, *overrides: str) -> Resumption:
+        return prepare_resumption(str(self.run_dir), overrides)
+
+    def refused(self, *overrides: str) -> str:
+        with pytest.raises(UserError) as caught:
+            self.resumed(*overrides)
+        return str(caught.value)
+
+
+@pytest.fixture(autouse=True)
+def _built(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(project.folder / "cache", monkeypatch)
+
+
+def build(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a cache whose runtimes look built."""
+    monkeypatch.setenv("HPC_GYM_CACHE", str(cache))
+    for name in default_names("cpu"):
+        spec = spec_of(name)
+        spec.python.parent.mkdir(parents=True)
+        (spec.root / MARKER).touch()
+        spec.python.touch()
+
+
+@pytest.fixture
+def ended(project: Project) -> Ended:
+    return Ended(project).saved(step=4, draws=12)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "adapted"),
+    [
+        (["nodes.train=4"], {"grpo.per_device_train_batch_size": 3}),
+        (["nodes.train=1"], {"grpo.gradient_accumulation_steps": 2}),
+        (["nodes.train=3", "ranks_per_node=4"], {"grpo.per_device_train_batch_size": 1}),
+        (["nodes.train=1", "ranks_per_node=2"], {}),
+        (["nodes.rollout=3"], {}),
+    ],
+)
+def test_another_number_of_ranks_makes_the_same_step(
+    ended: Ended, overrides: list[str], adapted: dict[str, int]
+) -> None:
+    resumption = ended.resumed(*overrides)
+    assert resumption.adapted == adapted
+    training = resumption.request.plan.training
+    assert training.prompts_per_step == 3
+    # What was chosen is the run's from now on, and told to the user.
+    experiment = yaml.safe_load(resumption.request.resolved())
+    for key, value in adapted.items():
+        assert experiment["grpo"][key.removeprefix("grpo.")] == value
+        assert f"{key}={value}" in resumption.told
+    assert bool(resumption.told) == bool(adapted)
+
+
+def test_nothing_is_written_before_it_is_submitted(ended: Ended) -> None:
+    before = {path: path.stat().st_mtime_ns for path in ended.run_dir.rglob("*")}
+    ended.resumed("nodes.train=4")
+    assert {path: path.stat().st_mtime_ns for path in ended.run_dir.rglob("*")} == before
+
+
+def test_a_number_of_ranks_that_cannot_share_the_step_is_refused_with_those_that_can(ended: Ended) -> None:
+    assert ended.refused("nodes.train=5") == (
+        "5 training ranks cannot share the step of this run, 3 prompts with 4 rollouts each: the number of ranks must "
+        "be one of 1, 2, 3, 4, 6, 12; that is nodes.train=1 or 2 or 3 or 4 or 6 or 12 with 1 rank per node "
+        "(ranks_per_node)"
+    )
+    assert "nodes.train=none with 8 ranks per node" in ended.refused("nodes.train=1", "ranks_per_node=8")
+
+
+def test_a_batch_that_the_user_sets_is_taken_if_it_makes_the_same_step(ended: Ended) -> None:
+    resumption = ended.resumed(
+        "nodes.train=3", "grpo.per_device_train_batch_size=1", "grpo.gradient_accumulation_steps=4"
+    )
+    assert (resumption.adapted, resumption.request.plan.training.prompts_per_step) == ({}, 3)
+    says = ended.refused("nodes.train=4", "grpo.per_device_train_batch_size=6")
+    assert "checkpoint-4 was trained on 3 prompts per step, this job would be on 6" in says
+    assert "grpo.gradient_accumulation_steps" in says
+
+
+def test_a_run_without_a_checkpoint_may_begin_with_another_batch(project: Project) -> None:
+    ended = Ended(project)
+    assert ended.resumed("grpo.per_device_train_batch_size=2").request.plan.training.prompts_per_step == 1
+    assert ended.resumed("nodes.train=4").adapted == {"grpo.per_device_train_batch_size": 3}
+
+
+def test_a_checkpoint_of_another_number_of_draws_is_refused(project: Project) -> None:
+    says = Ended(project).saved(step=4, draws=16).refused()
+    assert "checkpoint-4 was trained on 4 prompts per step, this job would be on 3: the order of the data" in says
+
+
+def test_training_may_become_longer_but_not_shorter_than_it_was(ended: Ended) -> None:
+    assert ended.resumed("grpo.max_steps=20").request.plan.training.grpo["max_steps"] == 20
+    assert ended.resumed("grpo.max_steps=4").request.plan.training.grpo["max_steps"] == 4
+    assert "grpo.max_steps=3 is less than the 4 steps of" in ended.refused("grpo.max_steps=3")
+
+
+def test_zero_must_stay_as_it_was(ended: Ended) -> None:
+    assert "deepspeed.zero_stage=2: it cannot change to 3" in ended.refused("deepspeed.zero_stage=3")
+
+
+def test_an_optimizer_on_nvme_stays_with_its_ranks(project: Project) -> None:
+    nvme = 'deepspeed={"zero_stage": 3, "zero_optimization": {"offload_optimizer": {"device": "nvme"}}}'
+    ended = Ended(project, nvme).saved(step=4, draws=12)
+    assert ended.resumed().adapted == {}
+    says = ended.refused("nodes.train=4")
+    assert "written by 2 training ranks, this job would have 4: with deepspeed.zero_optimization.offload_opt" in says
+
+
+def test_a_complete_run_says_what_to_do_instead(ended: Ended) -> None:
+    latest = ended.run_dir / "attempts" / "1"
+    latest.mkdir(parents=True)
+    (latest.parent / "latest").symlink_to("1")
+    (latest / "outcome.json").write_text(Outcome("completed").to_json())
+    assert "is complete: there is nothing to go on with. To train its model further" in ended.refused()
+
+
+def test_the_runtimes_of_the_run_are_kept_while_they_are_there(
+    ended: Ended, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(project.folder / "another", monkeypatch)
+    kept = ended.resumed().request.plan
+    assert {Path(runtime.root).parent.parent for name, runtime in kept.runtimes.items() if name != "base"} == {
+        project.folder / "cache"
+    }
+    (project.folder / "cache").rename(project.folder / "removed")
+    found = ended.resumed().request.plan.runtimes
+    assert found["gym"].root.startswith(str(project.folder / "another"))
