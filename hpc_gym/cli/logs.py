@@ -36,6 +36,8 @@ def logs(
     hpc-gym logs demo --role rollout --process gym
     hpc-gym logs 4711 --errors
     """
+    # Threads for matrices as small as a log's stamps only cost, and hold memory. Said before numpy is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from hpc_gym.errors import UserError
     from hpc_gym.jobs import logs as job_logs
     from hpc_gym.jobs import records
