@@ -66,11 +66,12 @@ def test_importing_the_package_imports_nothing(environment: dict[str, str]) -> N
     assert told.stdout.strip() == "['hpc_gym'] ['hpc_gym', 'hpc_gym.errors']"
 
 
-@pytest.mark.parametrize("name", ["submit", "status", "logs", "list", "cancel"])
+@pytest.mark.parametrize("name", [*sorted(set(COMMANDS) - {"runtimes"}), "runtimes build", "runtimes list"])
 def test_every_command_has_help_with_examples(name: str, environment: dict[str, str]) -> None:
-    told = hpc_gym(environment, name, "--help")
+    told = hpc_gym(environment, *name.split(), "--help")
     assert told.returncode == 0
-    assert f"hpc-gym {name}" in told.stdout
+    # In the usage, and in an example.
+    assert told.stdout.count(f"hpc-gym {name}") >= 2
     assert told.stderr == ""
 
 
@@ -160,6 +161,17 @@ def test_names_are_completed(words: str, offered: str, environment: dict[str, st
     asked = {"_HPC_GYM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
     told = hpc_gym(environment | asked)
     assert offered in told.stdout.split()
+
+
+def test_runs_whose_record_cannot_be_read_are_named_beside_the_list(
+    environment: dict[str, str], run_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "runs" / "torn").mkdir()
+    (tmp_path / "runs" / "torn" / "job.json").write_text('{"job_id": ')
+    told = hpc_gym(environment, "list", "--json")
+    assert [each["name"] for each in json.loads(told.stdout)] == ["past"]
+    assert "not listed: " in told.stderr
+    assert "torn/job.json" in told.stderr
 
 
 def test_output_that_cannot_be_written_is_told_without_a_traceback(environment: dict[str, str]) -> None:
