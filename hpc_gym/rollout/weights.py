@@ -41,6 +41,9 @@ class Weights:
         """Every replica joins the sender's transfer group. Raises WeightsRefused or WeightsFailed."""
         async with self._busy:
             pairs = self._match(message.incarnations, message.init_info)
+            # What a rollout server that died in the middle of an update has left.
+            abandon = msgspec.Raw(b'"abandon_weight_update"')
+            await _all(self._post(replica, "/collective_rpc", method=abandon) for replica, _ in pairs)
             await _all(self._post(replica, "/init_weight_transfer_engine", init_info=info) for replica, info in pairs)
             log.info("joined the sender's group: %s", ", ".join(replica.name for replica, _ in pairs))
 
@@ -62,6 +65,9 @@ class Weights:
                 for replica in replicas:
                     # Until it is known that all of the new weights arrived.
                     replica.weight_version = UNKNOWN_WEIGHTS
+                # Should this server die now, the next one must not take the old label for true.
+                label = msgspec.Raw(b'"updating"')
+                await _all(self._post(replica, "/update_weight_version", new_version=label) for replica in replicas)
                 await _all(self._post(replica, "/start_weight_update") for replica in replicas)
                 await _all(self._post(replica, "/update_weights", update_info=info) for replica, info in pairs)
                 version = msgspec.Raw(msgspec.json.encode(str(message.version)))

@@ -146,7 +146,18 @@ def repack_tied_lm_heads(model: torch.nn.Module) -> None:
 
 
 class WorkerExtension:
-    """Mixed into vLLM's worker class. Importing its module registers the engine; it adds nothing else."""
+    """Mixed into vLLM's worker class. Importing its module registers the engine."""
+
+    _weight_update_active: bool
+    weight_transfer_engine: Any
+
+    def abandon_weight_update(self) -> None:
+        """Ends an update that was begun and will not be finished, because the rollout server that began it is dead:
+        vLLM would refuse to begin another. The engine then closes what is half loaded.
+        """
+        if self._weight_update_active:
+            self._weight_update_active = False
+            self.weight_transfer_engine.reset_weight_update_target()
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:

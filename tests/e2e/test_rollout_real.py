@@ -374,6 +374,20 @@ def test_weights_are_labelled_and_stale_replicas_are_not_used(node: RolloutNode,
         assert trajectory.reason.startswith("weights_stale")
     client.weights_update(0, msgspec.structs.replace(update, version=8), 60).result()
     assert all(trajectory.outcome is not Outcome.FAILED for trajectory in client.run(requests, weight_version=8))
+    # What a rollout server leaves that is killed in the middle of an update.
+    asyncio.run(ask_vllm(node, "/pause?mode=keep", "/start_weight_update"))
+    with pytest.raises(RolloutServerError, match="already active"):
+        client.weights_update(0, msgspec.structs.replace(update, version=8), 60).result()
+    client.weights_init(0, WeightsInit(incarnations=[replica.incarnation], init_info=[join]), 30).result()
+    client.weights_update(0, msgspec.structs.replace(update, version=8), 60).result()
+    assert all(trajectory.outcome is not Outcome.FAILED for trajectory in client.run(requests, weight_version=8))
+
+
+async def ask_vllm(node: RolloutNode, *paths: str) -> None:
+    vllm = Vllm("vllm-0", str(node.vllm_socket))
+    for path in paths:
+        await vllm.request("POST", path, b"{}", 60)
+    await vllm.close()
 
 
 def test_a_lost_environment_server_gives_failures_and_no_rewards(node: RolloutNode, client: RolloutClient) -> None:
