@@ -20,24 +20,15 @@ from hpc_gym.node.causes import cause_from_log
 from hpc_gym.node.log_pump import LogPump, Stream
 from hpc_gym.node.notifications import Notifications
 from hpc_gym.node.placeholders import Values
-from hpc_gym.node.readiness import Answer, ask_gym, ask_http, refuses, watchdog_overdue
+from hpc_gym.node.watch import Watch
 from hpc_gym.plan.plan import Process
 
-_PROBE_EVERY_S = 0.25
-_LOOK_EVERY_S = 1.0
-"""Between two looks at what shows without a probe."""
-_CLOSED_FOR_S = 3.0
-"""How long a server may take to end once it has closed its socket. vLLM whose engine has died waits for its clients to
-hang up, and they for its answer.
-"""
 _START_WITHIN_S = 3.0
 """How long the end of the job waits for a start that hangs."""
 _STATUS_AFTER_S = 0.3
 """From a new status to its event, which tells the newest."""
 _STATUS_EVERY_S = 3.0
 """Between such events of a process that is ready: many ranks in many days would fill the event log."""
-_EXIT_AFTER_FAILURE_S = 5.0
-"""How long a process that said X_FAILURE may take to exit: teardown of NCCL or a profiler can hang for ever."""
 
 
 @dataclass(frozen=True)
@@ -104,16 +95,20 @@ class ManagedProcess:
         """Set from outside to end the life, with the cause."""
         self._status_told = float("-inf")
         self._stream: Stream | None = None
-        self._stopping = False
+        self._watch: Watch | None = None
 
     async def live(self, command: Command, values: Values, restarts: int) -> End:
         """Runs one life; returns when its main process is dead (killed, if it hung), whatever else it left."""
         await self.said.open()
-        self._clear_socket(values)
+        target = self._target(values)
+        if isinstance(target, Path):
+            # A server refuses to bind where the life before left its socket.
+            target.unlink(missing_ok=True)
         ended = await self._spawn(command)
         assert self.leader is not None
         self._report("started", pid=self.leader.pid, restarts=restarts)
-        watch = asyncio.create_task(self._watch(values), name=f"watch-{self.spec.name}")
+        self._watch = Watch(self.spec, self.said, self.log, target, self._seen, self._report)
+        watch = asyncio.create_task(self._watch.run(), name=f"watch-{self.spec.name}")
         try:
             ends: list[asyncio.Future[Any]] = [ended, watch, self.given_up]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -129,11 +124,6 @@ class ManagedProcess:
         finally:
             watch.cancel()
         return await self._end(*ended.result(), cause)
-
-    def _clear_socket(self, values: Values) -> None:
-        # A server refuses to bind where the life before left its socket.
-        if self.spec.ready is not None and self.spec.ready.kind == "http":
-            self._socket_path(values).unlink(missing_ok=True)
 
     async def _spawn(self, command: Command) -> asyncio.Future[tuple[int, float]]:
         with self._children.starting():
@@ -173,97 +163,19 @@ class ManagedProcess:
         child.returncode = 0  # Waited for elsewhere: keeps Popen from complaining that it was not.
         return child
 
-    async def _watch(self, values: Values) -> str:
-        """Watches until the process must be considered hung; returns why."""
-        ready_at = 0.0 if self.spec.ready is not None else self._started
-        last_alive = self._started
-        last_text = ""
-        servers: Mapping[int, str] = {}
-        next_probe = closed_since = 0.0
-        while True:
-            every = _PROBE_EVERY_S if not ready_at else max(_PROBE_EVERY_S, self.spec.alive_within_s / 10)
-            slept_at = time.monotonic()
-            await asyncio.sleep(min(every, _LOOK_EVERY_S))
-            if time.monotonic() - slept_at > every + 1.0:
-                # This process itself was held up (stopped, swapped out): signs of life are still to be read.
-                last_alive = time.monotonic()
-                continue
-            said = self.said.said
-            if said.failure and time.monotonic() - said.failed_at > _EXIT_AFTER_FAILURE_S:
-                return said.failure
-            if gone := self._gone(servers):
-                return gone
-            closed_since = (closed_since or time.monotonic()) if ready_at and self._closed(values) else 0.0
-            if closed_since and time.monotonic() - closed_since > _CLOSED_FOR_S:
-                cause = await asyncio.to_thread(cause_from_log, self.log)
-                return f"it closed its socket and does not end: {cause}"
-            if time.monotonic() < next_probe:
-                continue
-            next_probe = time.monotonic() + every - _PROBE_EVERY_S
-            answer = await self._ask(values, bool(ready_at))
-            now = time.monotonic()
-            if answer.alive:
-                last_alive, servers = now, answer.servers
-            if not ready_at:
-                if answer.alive:
-                    ready_at = now
-                    used = round(tree.cpu_seconds(self._own_pids()), 2)
-                    self._report("ready", seconds=round(now - self._started, 3), cpu_seconds=used)
-                elif (limit := self.spec.ready_within_s) and now - self._started > limit:
-                    detail = answer.text or said.status
-                    return f"not ready within {limit:g} s" + (f": {detail}" if detail else "")
-                elif said.last_watchdog and (hung := self._hung(answer, said.last_watchdog, last_alive)):
-                    return hung
-                elif answer.text and answer.text != last_text:
-                    last_text = answer.text
-                    self._report("progress", text=answer.text)
-            elif hung := self._hung(answer, ready_at, last_alive):
-                return hung
-
-    async def _ask(self, values: Values, ready: bool) -> Answer:
+    def _target(self, values: Values) -> Path | int | None:
+        """What is asked whether the process is ready: a Unix socket, or a port."""
         probe = self.spec.ready
         if probe is None or probe.kind == "notify":
-            return Answer(self.said.said.ready)
-        if ready and not self.spec.alive_within_s:
-            return Answer(True)
-        if probe.kind == "http":
-            return await ask_http(self._socket_path(values), probe.path or "/health")
+            return None
         target = values.fill(probe.target)
-        return await ask_gym(int(target) if target.isdigit() else values.ports[target], self._own_pids)
+        if probe.kind == "http":
+            return self._private_dir / target
+        return int(target) if target.isdigit() else values.ports[target]
 
-    def _gone(self, servers: Mapping[int, str]) -> str:
-        """Which of these servers, by pid, have died. NeMo Gym looks only once a minute; rollouts wait meanwhile."""
-        if self._stopping:
-            return ""
-        dead = [f"{name} (pid {pid})" for pid, name in servers.items() if self._is_dead(pid)]
-        return f"its server {', '.join(dead)} has died" if dead else ""
-
-    def _closed(self, values: Values) -> bool:
-        """Whether a server on a Unix socket has stopped listening, though its process lives."""
-        if self._stopping or self.spec.ready is None or self.spec.ready.kind != "http":
-            return False
-        return refuses(self._socket_path(values))
-
-    def _is_dead(self, pid: int) -> bool:
-        return pid not in self.members or self.members[pid].zombie
-
-    def _hung(self, answer: Answer, ready_at: float, last_alive: float) -> str:
-        if not self.spec.alive_within_s:
-            return ""
-        if self.spec.ready is None or self.spec.ready.kind == "notify":
-            return watchdog_overdue(self.said.said, ready_at, self.spec.alive_within_s)
-        silent = time.monotonic() - last_alive
-        if silent <= self.spec.alive_within_s:
-            return ""
-        return f"hung: no good answer for {silent:.0f} s (allowed: {self.spec.alive_within_s:g} s): {answer.text}"
-
-    def _socket_path(self, values: Values) -> Path:
-        assert self.spec.ready is not None
-        return self._private_dir / values.fill(self.spec.ready.target)
-
-    def _own_pids(self) -> set[int]:
+    def _seen(self) -> Mapping[int, tree.Proc]:
         self.look(self._table.recent())
-        return set(self.members)
+        return self.members
 
     def look(self, table: Mapping[int, tree.Proc]) -> None:
         """Takes note of what this life consists of now; called often, as an orphan no longer shows whose it is."""
@@ -287,7 +199,8 @@ class ManagedProcess:
         """
         if self.leader is None:
             return
-        self._stopping = True
+        if self._watch is not None:
+            self._watch.stopping = True
         leader = self.leader.pid
         self._ask_to_end([proc for proc in self._living() if proc.group == leader])
         asked: set[int] = set()
