@@ -15,6 +15,10 @@ from pathlib import Path
 from hpc_gym.errors import UserError
 from hpc_gym.jobs.records import JobRecord
 
+_MAY_TAKE_S = 60.0
+"""How long one of Slurm's commands is waited for."""
+_ACCOUNTING_MAY_TAKE_S = 5.0
+"""The same for sacct, which only adds what squeue has forgotten, and hangs when its database is away."""
 _LIVING = ("RUNNING", "PENDING", "REQUEUED")
 _REASONS = {
     "BeginTime": "Slurm holds a requeued job back for a while, or it asked for a later start",
@@ -81,7 +85,7 @@ def _of_jobs(job_ids: Sequence[str]) -> dict[str, Standing]:
     found = _components(["squeue", "--noheader", "--states=all", "--format=%i|%T|%S|%r"], set(job_ids))
     if missing := {job_id for job_id in job_ids if job_id not in found}:
         sacct = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State"]
-        found |= _components(sacct, missing)
+        found |= _components(sacct, missing, _ACCOUNTING_MAY_TAKE_S)
     return {job_id: _joined(parts) for job_id, parts in found.items()}
 
 
@@ -112,12 +116,14 @@ def cancel_jobs(job_ids: Sequence[str]) -> None:
     ask(["scancel", *job_ids])
 
 
-def _components(command: list[str], job_ids: Collection[str]) -> dict[str, list[Standing]]:
+def _components(
+    command: list[str], job_ids: Collection[str], within_s: float = _MAY_TAKE_S
+) -> dict[str, list[Standing]]:
     """The components of each job, from lines of `ID|STATE` or `ID|STATE|START|REASON`; a heterogeneous job's parts are
     12+0, 12+1.
     """
     try:
-        rows = ask([*command, f"--jobs={','.join(sorted(job_ids))}"]).splitlines()
+        rows = ask([*command, f"--jobs={','.join(sorted(job_ids))}"], within_s=within_s).splitlines()
     except UserError:
         return {}
     found: dict[str, list[Standing]] = {}
@@ -141,17 +147,22 @@ def _joined(parts: list[Standing]) -> Standing:
     return (wrong or parts or [Standing("UNKNOWN")])[0]
 
 
-def ask(command: list[str], environment: Mapping[str, str] | None = None, errors: bool = False) -> str:
+def ask(
+    command: list[str],
+    environment: Mapping[str, str] | None = None,
+    errors: bool = False,
+    within_s: float = _MAY_TAKE_S,
+) -> str:
     """Output of one of Slurm's commands; with `errors`, also what it says on stderr.
 
     Raises UserError when there is no such command, when it fails, or when it gives no answer.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=within_s, check=False, env=environment)
     except FileNotFoundError:
         raise UserError(f"'{command[0]}' is not on PATH: go to a login node of the cluster") from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"'{command[0]}' gave no answer within 60 s: is the Slurm controller up?") from None
+        raise UserError(f"'{command[0]}' gave no answer within {within_s:g} s: is the Slurm controller up?") from None
     if done.returncode:
         raise UserError(f"{' '.join(command)} failed: {done.stderr.strip() or f'exit code {done.returncode}'}")
     return done.stdout + done.stderr if errors else done.stdout
