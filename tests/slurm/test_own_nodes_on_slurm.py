@@ -1,0 +1,61 @@
+"""NeMo Gym on a node of its own, on the real Slurm: the demo's job as a heterogeneous one of three components."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+from slurm_jobs import SlurmJob
+
+from hpc_gym import submit
+from hpc_gym.jobs.demo_inputs import DemoInputs, ModelMaking
+from hpc_gym.runtimes.build import build
+from hpc_gym.runtimes.spec import default_names
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+STEPS = 2
+
+
+def test_the_demo_trains_with_nemo_gym_on_a_node_of_another_partition(
+    slurm_cluster: Cluster, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(default_names("cpu"))
+    inputs = DemoInputs.of(1)
+    making = ModelMaking(inputs, threads=os.cpu_count() or 1, progress=lambda said: None)
+    making.start()
+    making.wait()
+    inputs.write_rows()
+    monkeypatch.setenv("XDG_STATE_HOME", str(shared / "state"))
+    changes = [
+        *inputs.overrides(eval_rows=8),
+        *("nodes.environment=1", "nodes.train=1", f"cluster.runs_dir={shared}"),
+        # The one node of that partition is in the other one too.
+        *("cluster.slurm.environment.partition=cpu", "cluster.slurm.exclude=node1"),
+        # Another list, not none: sbatch (22.05) hands the first component's on to those that have none.
+        "cluster.slurm.environment.exclude=node5",
+        *("evaluation.at_start=false", "evaluation.at_end=false", f"grpo.max_steps={STEPS}"),
+        *("grpo.per_device_train_batch_size=24", f"checkpoints.every={STEPS}"),
+    ]
+    run = SlurmJob(submit("demo", changes, cluster="slurm-test"), slurm_cluster)
+    assert [node.component for node in run.plan.nodes] == [0, 1, 2]
+    run.until(lambda: (run.run_dir / "metrics.jsonl").exists(), within_s=300)
+    assert run.host("environment-0") == "node1"
+    assert len({run.host(node.name) for node in run.plan.nodes}) == 3
+    (door,) = [each for each in run.listening("node1") if each.program not in ("slurmd", "slurmstepd")]
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(f"http://{door.address}:{door.port}/health", timeout=10)
+    assert caught.value.code == 401, "only the environment server faces the network there"
+
+    run.freed(within_s=120)
+    assert run.job.state == "COMPLETED", run.story()
+    rows = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert max(row["logp_diff"] for row in rows) < 1e-4
+    assert sum(row["failed"] for row in rows) == 0
+    assert run.left() == {}
