@@ -16,6 +16,7 @@ _STARTED_TOGETHER_S = 5.0
 _CONTROLLER_MAY_BE_AWAY_S = 600.0
 """A controller that is restarted or replaced by its backup comes back; the running job waits for it as its nodes do."""
 _ASK_AGAIN_S = 2.0
+_TRIES = 3
 _CANCELLED_WITHIN_S = 1.0
 _NO_ANSWER = re.compile(
     r"unable to contact|socket timed out|connect failure|communication|zero bytes|temporarily|gave no answer"
@@ -67,9 +68,8 @@ def requeue(job_id: str, exclude: Sequence[str]) -> str:
     Slurm takes the list for a job that waits only, so it is set after the requeue. There is time: the job starts again
     after `cred_expire` seconds at the earliest, and this process, when it ignores SIGTERM, lives for KillWait seconds.
     """
-    asked = _run(["scontrol", "requeue", job_id], aloud=True)
-    if asked.returncode != 0 and standing(job_id).state != "PENDING":
-        return asked.stderr.strip() or f"scontrol requeue exited with {asked.returncode}"
+    if refusal := _requeue(job_id):
+        return refusal
     deadline = time.monotonic() + 5
     while exclude:
         told = _run(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(exclude)}"])
@@ -80,6 +80,24 @@ def requeue(job_id: str, exclude: Sequence[str]) -> str:
             break
         time.sleep(0.2)
     return ""
+
+
+def _requeue(job_id: str) -> str:
+    """Why Slurm refused, or "". An error may only mean that the controller is away: 22.05 then says "Unexpected message
+    received".
+    """
+    refusal = ""
+    for _ in range(_TRIES):
+        asked = _run(["scontrol", "requeue", job_id])
+        if asked.returncode == 0:
+            return ""
+        if not refusal:
+            print(f"scontrol requeue: {asked.stderr.strip()}: asking again once the controller answers", flush=True)
+        refusal = asked.stderr.strip() or f"scontrol requeue exited with {asked.returncode}"
+        if standing(job_id).state == "PENDING":
+            return ""
+        time.sleep(_ASK_AGAIN_S)
+    return refusal
 
 
 def cancel(job_ids: Sequence[str]) -> None:
@@ -101,15 +119,10 @@ def excluded(job_id: str) -> list[str]:
     return [name for name in found[:1] if name != "(null)"]
 
 
-def _run(
-    command: list[str], within_s: float = _CONTROLLER_MAY_BE_AWAY_S, aloud: bool = False
-) -> subprocess.CompletedProcess[str]:
+def _run(command: list[str], within_s: float = _CONTROLLER_MAY_BE_AWAY_S) -> subprocess.CompletedProcess[str]:
     """Runs one of Slurm's commands, again and again for `within_s` while it is not the controller that answers."""
     deadline = time.monotonic() + within_s
     while (done := _once(command)).returncode != 0 and _NO_ANSWER.search(done.stderr) and time.monotonic() < deadline:
-        if aloud:
-            print(f"waiting for Slurm's controller: {' '.join(command)}: {done.stderr.strip()}", flush=True)
-            aloud = False
         time.sleep(_ASK_AGAIN_S)
     return done
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import job_plans
 import pytest
-from cluster import Cluster
+from cluster import Cluster, ClusterError
 from job_plans import service, task
 
 from hpc_gym.jobs.job import HpcgymJob
@@ -51,7 +51,7 @@ class SlurmJob:
     def run_dir(self) -> Path:
         return self.job.run_dir
 
-    def until(self, condition: Callable[[], Any], within_s: float = 30) -> Any:
+    def until(self, condition: Callable[[], Any], within_s: float = 90) -> Any:
         """What `condition` gives once that is true."""
         deadline = time.monotonic() + within_s
         while not (value := condition()):
@@ -61,7 +61,10 @@ class SlurmJob:
 
     def story(self) -> str:
         """All that a person would look at."""
-        queue = self.cluster.slurm("squeue", "-a", "-t", "all", "-o", "%i %T %M %R")
+        try:
+            queue = self.cluster.slurm("squeue", "-a", "-t", "all", "-o", "%i %T %M %R")
+        except ClusterError as error:
+            queue = f"{error}\n"
         files = sorted(self.run_dir.glob("submitit/*_*.*")) + sorted(self.run_dir.glob("attempts/*/*.json*"))
         return queue + "\n".join(f"--- {file}\n{file.read_text()}" for file in files if file.suffix != ".pkl")
 
@@ -75,7 +78,7 @@ class SlurmJob:
         found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return [each for each in found if event in ("", each["event"]) and process in (None, each["process"])]
 
-    def all_started(self, attempt: int = 1, within_s: float = 40) -> None:
+    def all_started(self, attempt: int = 1, within_s: float = 90) -> None:
         """Waits until every process of an attempt has started."""
         wanted = sum(len(node.processes) for node in self.plan.nodes)
 
@@ -123,7 +126,7 @@ class SlurmJob:
         assert done.returncode == 0, done.stderr
         return now
 
-    def freed(self, within_s: float = 40) -> float:
+    def freed(self, within_s: float = 90) -> float:
         """Waits until no node belongs to a job any more; returns when."""
         self.until(lambda: not self.cluster.slurm("squeue", "-h", "-o", "%i").strip(), within_s)
         return time.time()
@@ -190,7 +193,7 @@ def submit(slurm_cluster: Cluster, shared: Path) -> Iterator[Callable[..., Slurm
     yield make
 
 
-def outcome_of(run: SlurmJob, attempt: int = 1, within_s: float = 60) -> dict[str, Any]:
+def outcome_of(run: SlurmJob, attempt: int = 1, within_s: float = 90) -> dict[str, Any]:
     """Waits until an attempt has ended; its last event."""
     return dict(run.until(lambda: run.events("outcome", attempt=attempt), within_s)[0])
 

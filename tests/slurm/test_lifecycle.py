@@ -82,7 +82,7 @@ def test_a_restart_of_the_controller_does_not_disturb_the_job_and_a_requeue_that
     run.cluster.kill_daemon("head", "slurmctld")
     run.signal("train-0", "rank-0", "USR2")
     stopped = outcome_of(run)["time"]
-    run.until(lambda: "waiting for Slurm's controller: scontrol requeue" in run.output())
+    run.until(lambda: "asking again once the controller answers" in run.output())
     run.cluster.up()
     resumed(run, "asked to stop at a checkpoint, controller away", stopped)
     assert not run.attempt(3).exists()

@@ -34,6 +34,8 @@ from machine import (
 )
 
 FILES = Path(__file__).resolve().parent / "files"
+_LONG = 90.0
+"""Seconds that a step of `up` may take: it takes well under one, but the machine may be busy with other things."""
 MARKER = ".hpc-gym-slurm"
 """Names a folder as made by us: only such a folder is ever emptied."""
 
@@ -172,7 +174,7 @@ class Cluster:
         jobs = self.slurm("squeue", "-h", "-o", "%A").split()
         if jobs:
             self.slurm("scancel", *jobs)
-        self._wait("an empty queue", 60, lambda: not self.slurm("squeue", "-h", "-o", "%A").strip())
+        self._wait("an empty queue", _LONG, lambda: not self.slurm("squeue", "-h", "-o", "%A").strip())
 
     def slurm(self, *command: str) -> str:
         """Standard output of one of Slurm's commands. Raises ClusterError with its message when it fails."""
@@ -291,7 +293,7 @@ class Cluster:
         pids = [pid for path in (self.directory / "run").glob("host.*") if (pid := self._init_pid(path.suffix[1:]))]
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
-        self._wait("the end of the nodes", 30, lambda: not any(start_time(pid) for pid in pids))
+        self._wait("the end of the nodes", _LONG, lambda: not any(start_time(pid) for pid in pids))
         if (self.directory / "run" / "network").exists():
             bridge = f"hgs{self._network()}"
             subprocess.run(["ip", "link", "del", bridge], capture_output=True)
@@ -312,7 +314,7 @@ class Cluster:
         self._start_controller(settings)
         for name in self.node_names:
             self._start_daemon(name, "slurmd", "slurmd", "-N", name)
-        self._wait("the nodes", 60, self._all_idle)
+        self._wait("the nodes", 2 * _LONG, self._all_idle)
 
     def _init_pid(self, host: str) -> int | None:
         """Process id of the first process of a host, if it lives (a recycled process id is not taken for it)."""
@@ -335,7 +337,7 @@ class Cluster:
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 preexec_fn=die_with_parent if self._attached else None,
             )  # fmt: skip
-        self._wait(f"the namespaces of {name}", 10, (here / "ready").exists)
+        self._wait(f"the namespaces of {name}", _LONG, (here / "ready").exists)
         pid = int(Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()[0])
         (self.directory / "run" / f"host.{name}").write_text(f"{pid} {start_time(pid)}")
         bridge, veth = f"hgs{self._network()}", f"hgs{self._network()}-{name.removeprefix('node')}"
@@ -359,11 +361,11 @@ class Cluster:
             f"--pid-file={run}/munged.pid",
             f"--log-file={self.directory}/log/munged.log", f"--seed-file={munge}/seed", "--num-threads=4", "--force",
         )  # fmt: skip
-        self._wait("munged", 10, self._succeeds("munge", "-S", f"{run}/munge.socket", "-n"))
+        self._wait("munged", _LONG, self._succeeds("munge", "-S", f"{run}/munge.socket", "-n"))
         if settings.accounting:
             self._start_accounting()
         self._start_daemon("head", "slurmctld", "slurmctld")
-        self._wait("slurmctld", 30, self._succeeds("scontrol", "ping"))
+        self._wait("slurmctld", _LONG, self._succeeds("scontrol", "ping"))
 
     def _start_accounting(self) -> None:
         defaults = f"--defaults-file={self.directory}/etc/my.cnf"
@@ -373,14 +375,16 @@ class Cluster:
                 capture_output=True, text=True,
             )  # fmt: skip
             if made.returncode != 0:
-                raise ClusterError(f"could not make the accounting database: {made.stdout}{made.stderr}")
+                log = self.directory / "log" / "mariadb.log"
+                told = log.read_text()[-1500:] if log.exists() else made.stdout + made.stderr
+                raise ClusterError(f"could not make the accounting database (exit code {made.returncode}): {told}")
         self._start_daemon("head", "mariadbd", "mariadbd", defaults, wait=False)
         self._wait(
-            "mariadbd", 30, self._succeeds("mariadb", "-S", f"{self.directory}/run/mysql.sock", "-e", "select 1")
+            "mariadbd", _LONG, self._succeeds("mariadb", "-S", f"{self.directory}/run/mysql.sock", "-e", "select 1")
         )
         fresh = not self._pids("head", "slurmdbd")
         self._start_daemon("head", "slurmdbd", "env", f"MYSQL_UNIX_PORT={self.directory}/run/mysql.sock", "slurmdbd")
-        self._wait("slurmdbd", 30, self._succeeds("sacctmgr", "-n", "show", "cluster"))
+        self._wait("slurmdbd", _LONG, self._succeeds("sacctmgr", "-n", "show", "cluster"))
         if fresh:
             subprocess.run(["sacctmgr", "-i", "-Q", "add", "cluster", "hpcgym"], env=self.env, capture_output=True)
 
@@ -391,7 +395,7 @@ class Cluster:
             self._inside(host, command), env=self.env, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        if wait and started.wait(30) != 0:
+        if wait and started.wait(_LONG) != 0:
             raise ClusterError(
                 f"{' '.join(command)} on {host} ended with {started.returncode}; logs: {self.directory}/log"
             )
@@ -419,7 +423,13 @@ class Cluster:
         return lambda: subprocess.run(command, env=self.env, capture_output=True).returncode == 0
 
     def _all_idle(self) -> bool:
-        states = self.slurm("sinfo", "-hNpgpu", "-o%T").split()
+        rows = [line.split() for line in self.slurm("sinfo", "-hNpgpu", "-o%N %T").splitlines()]
+        for name, state in rows:
+            # What Slurm or a test took out of service for a fault that is over.
+            if state.startswith("drain") or state == "down":
+                with contextlib.suppress(ClusterError):
+                    self.slurm("scontrol", "update", f"NodeName={name}", "State=RESUME")
+        states = [state for _, state in rows]
         return len(states) == len(self.node_names) and set(states) <= {"idle", "mixed", "allocated", "completing"}
 
     def _wait(self, what: str, seconds: float, done: Callable[[], bool]) -> None:
