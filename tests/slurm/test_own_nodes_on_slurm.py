@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -47,10 +48,12 @@ def test_the_demo_trains_with_nemo_gym_on_a_node_of_another_partition(
     run.until(lambda: (run.run_dir / "metrics.jsonl").exists(), within_s=300)
     assert run.host("environment-0") == "node1"
     assert len({run.host(node.name) for node in run.plan.nodes}) == 3
-    (door,) = [each for each in run.listening("node1") if each.program not in ("slurmd", "slurmstepd")]
+    log = (run.attempt() / "logs" / "environment-0-environment-server.log").read_text()
+    door = re.search(r"on (\S+:\d+)\n", log)
+    assert door is not None
     with pytest.raises(urllib.error.HTTPError) as caught:
-        urllib.request.urlopen(f"http://{door.address}:{door.port}/health", timeout=10)
-    assert caught.value.code == 401, "only the environment server faces the network there"
+        urllib.request.urlopen(f"http://{door[1]}/run/reasoning_gym_simple_agent", b"{}", timeout=10)
+    assert caught.value.code == 401
 
     run.freed(within_s=120)
     assert run.job.state == "COMPLETED", run.story()
