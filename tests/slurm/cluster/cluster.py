@@ -232,7 +232,7 @@ class Cluster:
 
     def _write_state(self, settings: Settings, network: int) -> None:
         """All files of a fresh cluster."""
-        for folder in ("etc", "bin", "munge", "dev", "nodes", "spool/ctld"):
+        for folder in ("etc", "bin", "munge", "dev", "nodes", "spool/ctld", "spool/mysql"):
             (self.directory / folder).mkdir(parents=True, exist_ok=True)
         (self.directory / "munge").chmod(0o700)
         (self.directory / "munge" / "key").write_bytes(os.urandom(128))
