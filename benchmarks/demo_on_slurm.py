@@ -32,7 +32,8 @@ def main() -> None:
         "",
         "Three nodes (one with vLLM and NeMo Gym, two with a trainer each) on the cores of one machine. A job trains",
         "again when a whole step is done; most of that time goes into loading programs anew, and into Slurm's wait",
-        f"before a requeued job starts ({figures[0]['requeue_wait']} s here, `cred_expire`). By `benchmarks/demo_on_slurm.py`.",
+        f"before a requeued job starts ({figures[0]['requeue_wait']} s here, `cred_expire`).",
+        "By `benchmarks/demo_on_slurm.py`.",
     ]
     record("Slurm: the demo's job", "\n".join(lines))
 
