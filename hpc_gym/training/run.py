@@ -14,6 +14,7 @@ from trl import GRPOConfig
 from hpc_gym.plan.plan import Plan
 from hpc_gym.protocol.client import RolloutClient
 from hpc_gym.protocol.notify import notify
+from hpc_gym.training.alive import saying_alive
 from hpc_gym.training.checkpoints import Checkpoint, Checkpoints
 from hpc_gym.training.evaluation import Evaluator
 from hpc_gym.training.export import export_model
@@ -109,8 +110,8 @@ class TrainingRun:
         return 0
 
     def _wait_for_servers(self) -> None:
-        with suppress(StopRequested), self._stop.interruptible():
-            self._client.wait_ready(WAIT_FOR_SERVERS_S, lambda status: notify(WATCHDOG=1, STATUS=f"waiting: {status}"))
+        with suppress(StopRequested), saying_alive(), self._stop.interruptible():
+            self._client.wait_ready(WAIT_FOR_SERVERS_S, lambda status: notify(STATUS=f"waiting: {status}"))
         if self._ranks.any(self._stop.requested):
             raise StopRequested
         notify(READY=1, STATUS="training")
