@@ -14,6 +14,7 @@ from hpc_gym.config.schema import Experiment
 from hpc_gym.config.secret_names import ADVICE, is_secret, set_by
 from hpc_gym.errors import UserError
 from hpc_gym.plan.judge import judge_problems
+from hpc_gym.plan.launch import carried_over
 from hpc_gym.plan.processes import gpus_of_judge
 from hpc_gym.plan.spread import gpus_per_replica, nodes_of, spread_problems
 from hpc_gym.runtimes.spec import cache_folder
@@ -29,6 +30,7 @@ def role_problems(experiment: Experiment) -> list[Problem]:
         *_reserved(experiment),
         *judge_problems(experiment),
         *spread_problems(experiment),
+        *(carried_over(experiment) if experiment.cluster.kind == "slurm" else ()),
         *_gpus(experiment),
         *_lengths(experiment),
         *_sampling(experiment),

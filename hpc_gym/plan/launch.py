@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import groupby
+from collections.abc import Iterable, Mapping
+from itertools import combinations, groupby
 from typing import Any
 
+from hpc_gym.config.problems import Problem
 from hpc_gym.config.schema import Experiment
 from hpc_gym.plan.plan import Launch, RoleName
 
@@ -14,6 +15,12 @@ ROLES: tuple[RoleName, ...] = ("rollout", "judge", "environment", "train")
 """
 
 _WITHOUT_GPUS: tuple[RoleName, ...] = ("environment",)
+
+_CARRIED_OVER = frozenset(
+    {"account", "begin", "comment", "core_spec", "deadline", "dependency", "exclude", "hint", "mem", "nice", "priority"}
+    | {"qos", "time", "wckey"}
+)
+"""What sbatch takes over from a component into later ones that do not say it (22.05; each was submitted)."""
 
 
 def nodes_per_role(experiment: Experiment) -> dict[RoleName, int]:
@@ -51,6 +58,23 @@ def launch(experiment: Experiment) -> Launch:
         network_interface=cluster.network_interface,
         scratch=cluster.scratch,
     )
+
+
+def carried_over(experiment: Experiment) -> Iterable[Problem]:
+    """Options of one role that sbatch would give to the nodes of later roles too, which do not ask for them."""
+    where = components_of(experiment)
+    for role, later in combinations(where, 2):
+        if where[role] == where[later]:
+            continue
+        said = _effective(experiment, later)
+        for written in getattr(experiment.cluster.slurm, role):
+            name = written.replace("-", "_")
+            if name in _CARRIED_OVER and name in _effective(experiment, role) and name not in said:
+                yield Problem(
+                    ("cluster", "slurm", role, written),
+                    f"sbatch takes it over into later components of a heterogeneous job, here that of the role {later}, "
+                    f"which does not say it: say it for {later} too, or for all nodes under cluster.slurm.",
+                )
 
 
 def _components(experiment: Experiment) -> tuple[Mapping[str, Any], ...]:

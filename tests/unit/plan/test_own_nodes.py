@@ -157,7 +157,7 @@ def test_environment_nodes_ask_for_no_gpus_and_so_make_the_job_a_heterogeneous_o
 
 def test_each_role_may_ask_for_nodes_of_its_own(judged: Project) -> None:
     more = CUDA + (
-        "cluster: {kind: slurm, slurm: {gres: 'gpu:h100:8', gpu-bind: closest, environment: {partition: cpu, mem: 64G},"
+        "cluster: {kind: slurm, slurm: {gres: 'gpu:h100:8', gpu-bind: closest, environment: {partition: cpu, constraint: fat},"
         " judge: {gres: 'gpu:l40s:8', constraint: big}}}\n"
     )
     found = components(judged.plan("nodes.judge=1", "nodes.environment=1", FEW, more=more + ON_NODES))
@@ -187,3 +187,17 @@ def test_a_local_job_has_them_as_simulated_nodes(judged: Project) -> None:
     plan = judged.plan("nodes.environment=1", "nodes.judge=1", more=ON_NODES)
     assert [node.name for node in plan.nodes] == ["rollout-0", "judge-0", "environment-0", "train-0", "train-1"]
     assert {node.component for node in plan.nodes} == {0}
+
+
+@pytest.mark.parametrize("later", ["", ", train: {mem: null}"])
+def test_what_sbatch_would_carry_over_into_a_later_component_is_refused(project: Project, later: str) -> None:
+    slurm = "cluster: {kind: slurm, slurm: {rollout: {partition: cpu, mem: 64G}" + later + "}}\n"
+    with pytest.raises(UserError) as caught:
+        project.plan(more=slurm)
+    assert "cluster.slurm.rollout.mem: sbatch takes it over into later components" in str(caught.value)
+    assert "here that of the role train" in str(caught.value)
+
+
+def test_what_every_component_says_is_not_carried_over(project: Project) -> None:
+    slurm = "cluster: {kind: slurm, slurm: {mem: '0', rollout: {partition: cpu, mem: 64G}, train: {exclude: node3}}}\n"
+    assert [options.get("mem") for _, options in components(project.plan(more=slurm))] == ["64G", "0"]
