@@ -72,8 +72,8 @@ def carried_over(experiment: Experiment) -> Iterable[Problem]:
             if name in _CARRIED_OVER and name in _effective(experiment, role) and name not in said:
                 yield Problem(
                     ("cluster", "slurm", role, written),
-                    f"sbatch takes it over into later components of a heterogeneous job, here that of the role {later}, "
-                    f"which does not say it: say it for {later} too, or for all nodes under cluster.slurm.",
+                    f"sbatch takes it over into later components of a heterogeneous job, here that of the role "
+                    f"{later}, which does not say it: say it for {later} too, or for all nodes under cluster.slurm.",
                 )
 
 

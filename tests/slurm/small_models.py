@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from hpc_gym.training.demo_model import IGNORED, Batch, Message, Recipe, Row, encode, make_model, make_tokenizer
 
-STEPS = 40
+POLICY_STEPS, JUDGE_STEPS = 80, 40
 RECIPE = Recipe(hidden_size=64, intermediate_size=192, context=4096, vocabulary=4096)
 Chat = tuple[Row, list[Message]]
 
@@ -102,21 +102,21 @@ def judge_system(packages: Path) -> str:
     return source.split('] = """', 1)[1].split('"""', 1)[0]
 
 
-def make(folder: Path, chats: Sequence[Sequence[Chat]]) -> None:
+def make(folder: Path, chats: Sequence[Sequence[Chat]], steps: int) -> None:
     """A model that learnt `chats` by heart; those of one group have about one length."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer([chat for group in chats for chat in group], RECIPE.vocabulary)
     model = make_model(tokenizer, RECIPE).train()
     batches = [encode(tokenizer, group) for group in chats]
     print({"vocabulary": len(tokenizer), "lengths": [list(batch.ids.shape) for batch in batches]}, flush=True)
-    learn(model, batches)
+    learn(model, batches, steps)
     save(folder, model, tokenizer)
 
 
-def learn(model: Qwen3ForCausalLM, batches: Sequence[Batch]) -> None:
+def learn(model: Qwen3ForCausalLM, batches: Sequence[Batch], steps: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.98), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, STEPS, pct_start=0.1, cycle_momentum=False)
-    for step in range(STEPS):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps, pct_start=0.1, cycle_momentum=False)
+    for step in range(steps):
         total = 0.0
         for batch in batches:
             hidden = model.model(input_ids=batch.ids[:, :-1], use_cache=False).last_hidden_state
@@ -142,9 +142,11 @@ def main(folder: Path, packages: Path) -> None:
     make(
         folder / "policy",
         [[chat for row in rows(packages, name) for chat in shown(row)] for name, shown in DEMONSTRATIONS.items()],
+        POLICY_STEPS,
     )
     system = judge_system(packages)
-    make(folder / "judge", [[chat for row in rows(packages, "math_with_judge") for chat in judgement(row, system)]])
+    judgements = [chat for row in rows(packages, "math_with_judge") for chat in judgement(row, system)]
+    make(folder / "judge", [judgements], JUDGE_STEPS)
 
 
 if __name__ == "__main__":

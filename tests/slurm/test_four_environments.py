@@ -27,7 +27,7 @@ STEPS, ROLLOUTS = 2, 32
 ENVIRONMENTS = {"workplace_assistant", "reasoning_gym", "mcqa", "math_with_judge"}
 # The experiment is for GPUs and large models: this is what small ones on CPUs need otherwise.
 SMALL = [
-    "judge.vllm={max_model_len: 1024, dtype: float32, enforce_eager: true, kv_cache_memory_bytes: 134217728}",
+    "judge.vllm={max_model_len: 4096, dtype: float32, enforce_eager: true, kv_cache_memory_bytes: 134217728}",
     "vllm.max_model_len=2048",
     "vllm.kv_cache_memory_bytes=134217728",
     "rollouts.max_output_tokens=64",

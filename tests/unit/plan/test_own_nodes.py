@@ -157,8 +157,8 @@ def test_environment_nodes_ask_for_no_gpus_and_so_make_the_job_a_heterogeneous_o
 
 def test_each_role_may_ask_for_nodes_of_its_own(judged: Project) -> None:
     more = CUDA + (
-        "cluster: {kind: slurm, slurm: {gres: 'gpu:h100:8', gpu-bind: closest, environment: {partition: cpu, constraint: fat},"
-        " judge: {gres: 'gpu:l40s:8', constraint: big}}}\n"
+        "cluster: {kind: slurm, slurm: {gres: 'gpu:h100:8', gpu-bind: closest,"
+        " environment: {partition: cpu, constraint: fat}, judge: {gres: 'gpu:l40s:8', constraint: big}}}\n"
     )
     found = components(judged.plan("nodes.judge=1", "nodes.environment=1", FEW, more=more + ON_NODES))
     assert [nodes for nodes, _ in found] == [["rollout-0"], ["judge-0"], ["environment-0"], ["train-0", "train-1"]]
