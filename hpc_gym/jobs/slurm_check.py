@@ -202,7 +202,7 @@ def _cost(components: list[Directives], partitions: Partitions) -> Finding:
         hours += int(options["nodes"] or 0) * gpus_per_node(options) * limit / 60
     if node_hours == float("inf"):
         return Finding("cost", "warning", "there is no time limit")
-    return Finding("cost", "ok", f"{hours:g} GPU-hours, {node_hours:g} node-hours at the time limit")
+    return Finding("cost", "ok", f"{hours:.4g} GPU-hours, {node_hours:.3g} node-hours at the time limit")
 
 
 def _others(components: list[Directives], partitions: Partitions) -> Iterator[Finding]:
