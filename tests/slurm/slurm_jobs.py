@@ -110,7 +110,7 @@ class SlurmJob:
         for line in self.cluster.on(host, "ss", "-Htlnp").stdout.splitlines():
             fields = line.split()
             address, _, port = fields[3].rpartition(":")
-            if not address.startswith(("127.", "[::1]")):
+            if not address.startswith(("127.", "[::1]", "[::ffff:127.")):
                 found.append(Listener(address, int(port), fields[5].split('"')[1] if len(fields) > 5 else ""))
         return found
 
