@@ -12,16 +12,14 @@ from typing import Any
 
 import pytest
 import yaml
+from demo_job import small_demo
 from judged_node import JudgedNodes, judged_node, judged_requests, wait_ready
 
 from hpc_gym import submit
 from hpc_gym.jobs import local
-from hpc_gym.jobs.demo_inputs import DemoInputs, ModelMaking
 from hpc_gym.jobs.job import HpcgymJob
 from hpc_gym.jobs.records import JobRecord
 from hpc_gym.protocol.trajectory import Outcome
-from hpc_gym.runtimes.build import build
-from hpc_gym.runtimes.spec import default_names
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -31,17 +29,10 @@ STEPS = 4
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HpcgymJob]:
     """The demo's job with two environment nodes, small, without evaluations."""
-    build(default_names("cpu"))
-    inputs = DemoInputs.of(1)
-    making = ModelMaking(inputs, threads=os.cpu_count() or 1, progress=lambda said: None)
-    making.start()
-    making.wait()
-    inputs.write_rows()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     changes = [
-        *inputs.overrides(eval_rows=8),
-        *("nodes.environment=2", "nodes.train=1", f"cluster.runs_dir={tmp_path / 'runs'}"),
-        *("evaluation.at_start=false", "evaluation.at_end=false", f"grpo.max_steps={STEPS}"),
+        *small_demo(tmp_path / "runs", STEPS),
+        *("nodes.environment=2", "nodes.train=1"),
         *("grpo.per_device_train_batch_size=24", f"checkpoints.every={STEPS}"),
     ]
     started = submit("demo", changes)

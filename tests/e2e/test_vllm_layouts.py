@@ -5,19 +5,16 @@ worker.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from demo_job import small_demo
 
 from hpc_gym import submit
 from hpc_gym.jobs import local
-from hpc_gym.jobs.demo_inputs import DemoInputs, ModelMaking
 from hpc_gym.jobs.job import HpcgymJob
-from hpc_gym.runtimes.build import build
-from hpc_gym.runtimes.spec import default_names
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -27,18 +24,11 @@ STEPS = 2
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HpcgymJob]:
     """The demo's job with two vLLM servers of two workers each, of a few steps and without evaluations."""
-    build(default_names("cpu"))
-    inputs = DemoInputs.of(1)
-    making = ModelMaking(inputs, threads=os.cpu_count() or 1, progress=lambda said: None)
-    making.start()
-    making.wait()
-    inputs.write_rows()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     changes = [
-        *inputs.overrides(eval_rows=8),
-        *("rollouts.replicas=2", "vllm.tensor_parallel_size=2", "nodes.train=1", f"grpo.max_steps={STEPS}"),
+        *small_demo(tmp_path / "runs", STEPS),
+        *("rollouts.replicas=2", "vllm.tensor_parallel_size=2", "nodes.train=1"),
         *("grpo.per_device_train_batch_size=24", f"checkpoints.every={STEPS}", "tracking.wandb=null"),
-        *("evaluation.at_start=false", "evaluation.at_end=false", f"cluster.runs_dir={tmp_path / 'runs'}"),
     ]
     found = submit("demo", changes, cluster="local")
     yield found

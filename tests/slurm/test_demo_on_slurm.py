@@ -15,45 +15,29 @@ from typing import Any
 
 import pytest
 from cluster import Cluster
+from demo_job import small_demo
 from slurm_jobs import SlurmJob, outcome_of
 
 from hpc_gym import submit
-from hpc_gym.jobs.demo_inputs import DemoInputs, ModelMaking
 from hpc_gym.jobs.resume import resume
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 
-SEED = 1
 STEPS = 16
 START_S = 300.0
 """Until a job of this kind trains, on a machine with two cores that others use too."""
 
 
-@pytest.fixture(scope="module")
-def inputs() -> DemoInputs:
-    """The demo's model and rows, in the user's cache, which the nodes see."""
-    made = DemoInputs.of(SEED)
-    making = ModelMaking(made, threads=os.cpu_count() or 1, progress=lambda said: None)
-    making.start()
-    making.wait()
-    made.write_rows()
-    return made
-
-
 @pytest.fixture
-def demo(slurm_cluster: Cluster, shared: Path, inputs: DemoInputs, monkeypatch: pytest.MonkeyPatch) -> SlurmJob:
+def demo(slurm_cluster: Cluster, shared: Path, monkeypatch: pytest.MonkeyPatch) -> SlurmJob:
     """The demo's job as a heterogeneous one over three nodes, of a few small steps and without evaluations."""
     monkeypatch.setenv("XDG_STATE_HOME", str(shared / "state"))
     job = submit(
         "demo",
         [
-            *inputs.overrides(eval_rows=8),
-            f"cluster.runs_dir={shared}",
+            *small_demo(shared, STEPS),
             "cluster.slurm.rollout.partition=cpu",
-            "evaluation.at_start=false",
-            "evaluation.at_end=false",
             "grpo.per_device_train_batch_size=16",
-            f"grpo.max_steps={STEPS}",
             "checkpoints.every=2",
         ],
         cluster="slurm-test",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import urllib.error
 import urllib.request
@@ -11,12 +10,10 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
+from demo_job import small_demo
 from slurm_jobs import SlurmJob
 
 from hpc_gym import submit
-from hpc_gym.jobs.demo_inputs import DemoInputs, ModelMaking
-from hpc_gym.runtimes.build import build
-from hpc_gym.runtimes.spec import default_names
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -26,21 +23,14 @@ STEPS = 2
 def test_the_demo_trains_with_nemo_gym_on_a_node_of_another_partition(
     slurm_cluster: Cluster, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build(default_names("cpu"))
-    inputs = DemoInputs.of(1)
-    making = ModelMaking(inputs, threads=os.cpu_count() or 1, progress=lambda said: None)
-    making.start()
-    making.wait()
-    inputs.write_rows()
     monkeypatch.setenv("XDG_STATE_HOME", str(shared / "state"))
     changes = [
-        *inputs.overrides(eval_rows=8),
-        *("nodes.environment=1", "nodes.train=1", f"cluster.runs_dir={shared}"),
+        *small_demo(shared, STEPS),
+        *("nodes.environment=1", "nodes.train=1"),
         # The one node of that partition is in the other one too.
         *("cluster.slurm.environment.partition=cpu", "cluster.slurm.exclude=node1"),
         # Another list, not none: sbatch (22.05) hands the first component's on to those that have none.
         "cluster.slurm.environment.exclude=node5",
-        *("evaluation.at_start=false", "evaluation.at_end=false", f"grpo.max_steps={STEPS}"),
         *("grpo.per_device_train_batch_size=24", f"checkpoints.every={STEPS}"),
     ]
     run = SlurmJob(submit("demo", changes, cluster="slurm-test"), slurm_cluster)

@@ -5,18 +5,15 @@ over addresses of their own, and when one of its parts is killed, both are start
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cluster import Cluster
+from demo_job import small_demo
 from slurm_jobs import SlurmJob
 
 from hpc_gym import submit
-from hpc_gym.jobs.demo_inputs import DemoInputs, ModelMaking
-from hpc_gym.runtimes.build import build
-from hpc_gym.runtimes.spec import default_names
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -26,18 +23,11 @@ STEPS = 3
 def test_one_vllm_over_two_nodes_trains_and_comes_back_whole_when_a_part_is_killed(
     slurm_cluster: Cluster, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build(default_names("cpu"))
-    inputs = DemoInputs.of(1)
-    making = ModelMaking(inputs, threads=os.cpu_count() or 1, progress=lambda said: None)
-    making.start()
-    making.wait()
-    inputs.write_rows()
     monkeypatch.setenv("XDG_STATE_HOME", str(shared / "state"))
     changes = [
-        *inputs.overrides(eval_rows=8),
+        *small_demo(shared, STEPS),
         *("nodes.rollout=2", "nodes.train=1", "vllm.nnodes=2", "vllm.tensor_parallel_size=2"),
-        *("evaluation.at_start=false", "evaluation.at_end=false", f"grpo.max_steps={STEPS}"),
-        *("grpo.per_device_train_batch_size=24", f"checkpoints.every={STEPS}", f"cluster.runs_dir={shared}"),
+        *("grpo.per_device_train_batch_size=24", f"checkpoints.every={STEPS}"),
     ]
     run = SlurmJob(submit("demo", changes, cluster="slurm-test"), slurm_cluster)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import secrets as random
 from collections.abc import Callable, Mapping
@@ -11,10 +10,10 @@ from pathlib import Path
 import pytest
 import scans
 from cluster import Cluster
+from demo_job import small_demo
 from slurm_jobs import FOREVER, SlurmJob, service, task
 
 from hpc_gym import submit as submit_experiment
-from hpc_gym.jobs.demo_inputs import DemoInputs, ModelMaking
 from hpc_gym.protocol.secrets import read_secrets
 
 Submit = Callable[..., SlurmJob]
@@ -121,18 +120,9 @@ def demo(slurm_cluster: Cluster, shared: Path, planted: dict[str, str], monkeypa
     """The demo's job with vLLM, NeMo Gym, the trainers and W&B, which goes on until it is cancelled."""
     monkeypatch.setenv("XDG_STATE_HOME", str(shared / "state"))
     shared.chmod(0o755)
-    inputs = DemoInputs.of(1)
-    making = ModelMaking(inputs, threads=os.cpu_count() or 1, progress=lambda said: None)
-    making.start()
-    making.wait()
-    inputs.write_rows()
     wanted = [
-        *inputs.overrides(eval_rows=8),
-        f"cluster.runs_dir={shared}",
+        *small_demo(shared, 500),
         "cluster.slurm.rollout.partition=cpu",
-        "evaluation.at_start=false",
-        "evaluation.at_end=false",
-        "grpo.max_steps=500",
         "checkpoints.every=2",
         "secrets=[WANDB_API_KEY, HF_TOKEN, JUDGE_KEY]",
     ]
