@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from hpc_gym.errors import UserError
+from hpc_gym.plan.nemo_gym import INSIDE
 from hpc_gym.plan.plan import Plan
 from hpc_gym.plan.resolve import plan_for
+from hpc_gym.runtimes.spec import root_of
 
 EXPERIMENT = """\
 extends: [clusters/local, environments/reasoning_gym, environments/mcqa]
@@ -35,6 +37,21 @@ def row(agent: str | None = None) -> str:
     if agent:
         content["agent_ref"] = {"type": "responses_api_agents", "name": agent}
     return json.dumps(content) + "\n"
+
+
+def write_rows(written: str) -> None:
+    """Rows in the file that an experiment names: below the working directory, or in what stands for the gym runtime.
+
+    `HPC_GYM_CACHE` must be a folder of the test's.
+    """
+    path = Path(written)
+    if written.startswith(INSIDE):
+        packages = root_of("gym") / "lib" / "python3.12" / "site-packages"
+        (packages / "nemo_gym").mkdir(parents=True, exist_ok=True)
+        (packages / "nemo_gym" / "__init__.py").touch()
+        path = packages / written.removeprefix(INSIDE)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(row() * 3)
 
 
 def make_model(folder: Path) -> Path:

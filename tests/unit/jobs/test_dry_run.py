@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_project import make_model, row
+from small_project import make_model, write_rows
 
 from hpc_gym.jobs import local
 from hpc_gym.jobs.records import JobRecord
@@ -31,6 +31,7 @@ def test_dry_run_prints_what_is_submitted(
     name: str, cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HPC_GYM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("SCRATCH", str(tmp_path))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     programs = tmp_path / "programs"
@@ -41,9 +42,7 @@ def test_dry_run_prints_what_is_submitted(
     make_model(tmp_path / "model")
     tree = yaml.safe_load((shipped("configs") / f"experiments/{name}.yaml").read_text())
     for source in (*tree["data"]["train"], *tree["data"]["eval"]):
-        path = Path(source["path"].replace("${vars.data_dir}", "data").replace("${vars.demo_dir}", "data"))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(row() * 3)
+        write_rows(source["path"].replace("${vars.data_dir}", "data").replace("${vars.demo_dir}", "data"))
     folder = "demo_dir" if name == "demo" else "data_dir"
     overrides = [f"vars.{folder}=data", "model.path=model"]
     command = [sys.executable, "-m", "hpc_gym.cli.main", "submit", name, *overrides, "--cluster", cluster, "--dry-run"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_project import Project, make_model, row
+from small_project import Project, make_model, row, write_rows
 
 from hpc_gym.node.placeholders import declared_endpoints, wanted_endpoints
 from hpc_gym.plan.plan import Plan, Process
@@ -217,15 +217,14 @@ def test_no_secret_is_in_a_plan(project: Project, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("name", sorted(file.stem for file in (shipped("configs") / "experiments").glob("*.yaml")))
 def test_every_shipped_experiment_resolves(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HPC_GYM_CACHE", str(tmp_path / "cache"))
     overrides, cluster = ["vars.data_dir=data"], "slurm-example"
     if name == "demo":
         make_model(tmp_path / "demo/model")
         overrides, cluster = ["vars.demo_dir=demo"], "local"
     tree = yaml.safe_load((shipped("configs") / f"experiments/{name}.yaml").read_text())
     for source in (*tree["data"]["train"], *tree["data"]["eval"]):
-        path = Path(source["path"].replace("${vars.data_dir}", "data").replace("${vars.demo_dir}", "demo"))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(row() * 3)
+        write_rows(source["path"].replace("${vars.data_dir}", "data").replace("${vars.demo_dir}", "demo"))
     plan = plan_for(name, overrides, cluster)
     assert plan.launch.kind == ("local" if name == "demo" else "slurm")
     assert json.loads(plan.to_json())["name"] == plan.name
