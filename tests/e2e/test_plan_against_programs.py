@@ -91,7 +91,8 @@ def test_nemo_gym_resolves_every_shipped_environment_as_the_node_gets_it(project
     judge = "environments.equivalence_llm_judge.config.equivalence_llm_judge.resources_servers.equivalence_llm_judge"
     from hpc_gym.plan.resolve import plan_for
 
-    plan = plan_for("all.yaml", [f"{judge}.judge_model_server.name=policy_model"])
+    asked = ["judge={url: http://127.0.0.1:9/v1, model_name: judge}", f"{judge}.judge_model_server.name=judge_model"]
+    plan = plan_for("all.yaml", asked)
     gym = process(plan, "gym")
     (file,) = gym.files
     config = tmp_path / "node.yaml"
