@@ -45,6 +45,8 @@ class _Node:
         self.name = name
         self.base = f"http://{endpoint}"
         self.health: EnvironmentHealth | None = None
+        self.nonce = ""
+        """Of the environment server that was heard last."""
         self.heard = 0.0
         """When it last answered, on the event loop's clock."""
         self.running = 0
@@ -58,6 +60,11 @@ class _Node:
     def usable(self) -> bool:
         """NeMo Gym is there. It waits for a judge that is started again by itself."""
         return self.health is not None and not self.health.missing
+
+    @property
+    def counted_on(self) -> bool:
+        """There is something to lose: it may be given runs, or has some."""
+        return self.health is not None or self.lost is not None
 
     def lose(self, why: str) -> None:
         """Ends the runs that are under way there."""
@@ -145,6 +152,8 @@ class EnvironmentNodes:
             async with self._http().post(f"{node.base}/run/{quote(agent)}", data=body, headers=headers) as answer:
                 text = await answer.read()
         except (aiohttp.ClientError, OSError) as error:
+            # Until it has been asked again: the retry must not go where this run was lost, only to be lost once more.
+            node.health = None
             raise Failed(f"environment_server_lost: {node.name} broke the connection: {error!r}") from error
         if answer.status != 200:
             raise Failed(_reason(text) or f"agent_error: {node.name} answered {answer.status}")
@@ -158,20 +167,20 @@ class EnvironmentNodes:
                 health = msgspec.json.decode(await answer.read(), type=EnvironmentHealth)
         except TimeoutError:
             # No answer in time is no loss: a loaded machine, for a while.
-            if node.health is not None and loop.time() - node.heard > SILENT_S:
+            if node.counted_on and loop.time() - node.heard > SILENT_S:
                 log.warning("%s is lost: no answer for %.0f s", node.name, loop.time() - node.heard)
                 node.lose("no longer answers")
             return
         except (aiohttp.ClientError, OSError, msgspec.MsgspecError) as error:
-            if node.health is not None:
+            if node.counted_on:
                 log.warning("%s is lost: %r", node.name, error)
                 node.lose("no longer answers")
             return
-        if node.health is not None and node.health.nonce != health.nonce:
+        if node.nonce not in ("", health.nonce):
             node.lose("was restarted")
         if node.health is None or node.health.status != health.status:
             log.info("%s: %s", node.name, health.status)
-        node.health, node.heard = health, loop.time()
+        node.health, node.nonce, node.heard = health, health.nonce, loop.time()
 
     def _http(self) -> aiohttp.ClientSession:
         if self._session is None:

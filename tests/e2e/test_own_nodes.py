@@ -116,7 +116,8 @@ def test_a_judge_and_nemo_gym_on_nodes_of_their_own_reward_the_same_answers(tmp_
         assert [each.reason for each in trajectories if each.outcome is Outcome.FAILED] == [], apart.log("gym")[-3000:]
         assert [each.reward for each in trajectories] == [1.0] * len(requests)
         assert health is not None
-        assert health.judged == 2 * len(requests)
+        # It is asked again, with the answers the other way round, where it says that they are equal.
+        assert len(requests) <= health.judged <= 2 * len(requests)
         assert health.status.startswith("vLLM 1/1 ready, NeMo Gym ")
         assert health.status.endswith(" on 1/1 environment nodes, judge ready")
         assert "judge ready" in apart.log("environment-server")

@@ -240,11 +240,13 @@ def test_a_lost_environment_server_fails_its_runs_alone_and_gets_no_more(
         first.result(10)
     assert caught.value.reason.startswith("environment_server_lost: environment-0 ")
     assert worth_retrying(caught.value.reason)
+    retried = json.loads(served.do(run(spread, f"{policies[0].endpoint}/retried")))
+    assert retried["reward"] == 1.0, "a retry at once does not go where the run was lost"
     served.until(lambda: not spread.ready)
     assert spread.usable
     assert not second.done()
     assert json.loads(served.do(run(spread, f"{policies[0].endpoint}/abc")))["reward"] == 1.0
-    assert [len(node.gym.runs) for node in nodes] == [1, 2]
+    assert [len(node.gym.runs) for node in nodes] == [1, 3]
     assert spread.missing() == "environment-0"
     assert spread.status() == "NeMo Gym 1/1 servers ready on 1/2 environment nodes"
     served.start(nodes[0].server.public(TOKEN), port=int(nodes[0].endpoint.rpartition(":")[2]))
