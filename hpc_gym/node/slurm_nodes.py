@@ -35,6 +35,7 @@ _REQUEUES_IN_VAIN = 2
 """Requeues that may follow one another without a training step between them: bad nodes, too short a time limit."""
 _OTHERS_DECIDED = (scontrol.PREEMPTED, scontrol.QUEUED_AGAIN)
 """Reasons of a requeue that say nothing against the job."""
+_NO_STEP = "Unable to create step"
 _OWN_END = {
     "TIMEOUT": "the time limit was reached",
     "NODE_FAIL": "Slurm saw a node fail",
@@ -139,8 +140,16 @@ class SlurmNodes:
         elif outcome is not None:
             return outcome
         else:
-            corrected = Outcome("failed", failure=self._without_outcome(srun_code))
+            corrected = self._of_srun(self._without_outcome(srun_code))
         return self._wrote(corrected)
+
+    def _of_srun(self, failure: Failure) -> Outcome:
+        """An srun that could start the attempts before is not at fault when Slurm makes no step of it: seen with 22.05,
+        which had lost count of the GPUs of a node that came back.
+        """
+        if self._context.attempt > 1 and _NO_STEP in failure.cause:
+            return Outcome("requeue", "Slurm did not start the attempt", failure=failure)
+        return Outcome("failed", failure=failure)
 
     def _wrote(self, outcome: Outcome) -> Outcome:
         try:
