@@ -250,7 +250,7 @@ class RolloutNode:
             nodes=(),
             runtimes={},
             environments=tuple(
-                plans.Environment(name, f"{name}_simple_agent", (path,), timeout_s=60, max_attempts=2)
+                plans.Environment(name, f"{name}_simple_agent", (path,), timeout_s=25, max_attempts=2)
                 for name, path in ENVIRONMENTS.items()
             ),
             rollout=plans.RolloutSettings("policy", MAX_MODEL_LEN, max_concurrent=64, replicas=1),

@@ -17,7 +17,9 @@ from job_plans import service, task
 
 from hpc_gym.jobs.job import HpcgymJob
 from hpc_gym.jobs.submission import Request, submit_request
+from hpc_gym.node.context import NodeContext, secrets_path
 from hpc_gym.plan.plan import Launch, Plan, Process, Runtime
+from hpc_gym.protocol.secrets import read_secrets
 
 __all__ = ["FOREVER", "SlurmJob", "outcome_of", "resumed", "service", "submit", "task"]
 
@@ -138,6 +140,17 @@ class SlurmJob:
             with Path(path).open("a") as file:
                 file.write(json.dumps(figure) + "\n")
         assert seconds < within, f"{event}: {seconds:.1f} s\n{self.story()}"
+
+    def private_dirs(self, attempt: int = 1) -> dict[str, Path]:
+        """The private directories of an attempt by node, as the machine sees them. A node that crashed in an earlier
+        test may have others, which nobody could remove.
+        """
+        secrets = read_secrets(secrets_path(self.run_dir, attempt))
+        found = {}
+        for node in self.plan.nodes:
+            name = NodeContext(self.plan, node, attempt, ("", 0), secrets, "", "").private_dir.name
+            found[node.name] = self.cluster.tmp(self.host(node.name, attempt)) / name
+        return found
 
     @property
     def patience(self) -> float:

@@ -30,12 +30,11 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 def with_the_attempts(run: SlurmJob, planted: Mapping[str, str]) -> dict[str, str]:
     """The planted secrets and those that the attempt made itself."""
-    words = {**planted, "token of the attempt": read_secrets(run.run_dir / "secrets" / "attempt-1.json").token}
-    for node in run.cluster.node_names:
-        found = run.cluster.on(node, "sh", "-c", "cat /tmp/hg-*/token 2>/dev/null").stdout
-        words |= {f"token of {node}": found} if found else {}
-    # More where a node of an earlier test crashed: nobody could remove what it had.
-    assert len(words) >= len(planted) + 1 + len(run.plan.nodes)
+    attempt = read_secrets(run.run_dir / "secrets" / "attempt-1.json").token
+    nodes = {f"token of {node}": (folder / "token").read_text() for node, folder in run.private_dirs().items()}
+    words = {**planted, "token of the attempt": attempt, **nodes}
+    assert all(words.values())
+    assert len(set(words.values())) == len(planted) + 1 + len(run.plan.nodes)
     return words
 
 
@@ -43,9 +42,8 @@ def nothing_was_said(run: SlurmJob, words: Mapping[str, str]) -> None:
     """While a job runs: no secret stands anywhere but in 0600 files, in folders that nobody else enters."""
     assert scans.on_command_lines(words) == []
     assert scans.in_slurms_records(words, run) == []
-    private = [run.run_dir / "secrets", *run.cluster.directory.glob("nodes/*/tmp/hg-*")]
+    private = [run.run_dir / "secrets", *run.private_dirs().values()]
     assert scans.in_files(words, run.cluster.directory, Path.home() / ".config", but=private) == []
-    assert len(private) == 1 + len(run.plan.nodes)
     for folder in private:
         assert folder.stat().st_mode & 0o777 == 0o700
     for file in (*private[0].iterdir(), *(folder / "token" for folder in private[1:])):

@@ -162,6 +162,10 @@ class Cluster:
             self._inside(node, command), env=self.env, capture_output=True, text=True, timeout=timeout
         )
 
+    def tmp(self, node: str) -> Path:
+        """A node's /tmp, as the machine sees it."""
+        return self.directory / "nodes" / node / "tmp" if self.settings().private_tmp else Path("/tmp")
+
     def crash(self, node: str) -> None:
         """A power cut: everything on the node dies at once. `up` brings the node back."""
         pid = self._init_pid(node)

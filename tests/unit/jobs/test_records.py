@@ -138,9 +138,9 @@ def test_a_thousand_runs_are_listed_in_a_second(runs: Path) -> None:
     for number in range(1000):
         record = make(runs, f"run-{number}", submitted=float(number), process=replace(me(), started=1))
         end(record, Outcome("completed"))
-    begin = time.process_time()  # what a busy machine does not change
+    begin = time.monotonic()
     listed = records.all_records()
     told = standings(listed)
-    assert time.process_time() - begin < 1.0
+    assert time.monotonic() - begin < 1.0
     assert {each.state for each in told.values()} == {"COMPLETED"}
     assert [record.name for record in listed[:2]] == ["run-999", "run-998"]
