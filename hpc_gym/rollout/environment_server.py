@@ -8,7 +8,6 @@ servers ask it for the policy and the judge on a listener on loopback.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import secrets
@@ -34,27 +33,19 @@ from hpc_gym.rollout.relay import PolicyRelay
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Arguments:
+@dataclass(frozen=True, kw_only=True)
+class Arguments(serving.ServerArguments):
     """The command line; see `parse`."""
 
-    run_dir: str
-    node: str
-    fd: int
     policy_port: int
     gym_port: int
     rollouts: Sequence[str]
     judges: Sequence[str]
-    secrets: str
 
 
 def parse(argv: list[str] | None = None) -> Arguments:
     """The command line as `Arguments`."""
-    program = "python -m hpc_gym.rollout.environment_server"
-    parser = argparse.ArgumentParser(prog=program, description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--run-dir", required=True, help="run directory, with plan.json")
-    parser.add_argument("--node", required=True, help="name of this node in logs")
-    parser.add_argument("--fd", required=True, type=int, help="inherited listening socket of the public endpoint")
+    parser = serving.parser("hpc_gym.rollout.environment_server", __doc__ or "")
     parser.add_argument("--policy-port", required=True, type=int, help="loopback port that NeMo Gym asks")
     parser.add_argument("--gym-port", required=True, type=int, help="loopback port of NeMo Gym's head server")
     parser.add_argument(
@@ -63,7 +54,6 @@ def parse(argv: list[str] | None = None) -> Arguments:
     parser.add_argument(
         "--judges", default=(), type=serving.endpoints, help="HOST:PORT,... of those that serve the judge"
     )
-    parser.add_argument("--secrets", required=True, help="secrets file of the attempt")
     return Arguments(**vars(parser.parse_args(argv)))
 
 

@@ -7,7 +7,6 @@ asks for the job's token.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import socket
@@ -21,26 +20,17 @@ from hpc_gym.rollout.judge import JudgeEndpoint
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Arguments:
+@dataclass(frozen=True, kw_only=True)
+class Arguments(serving.ServerArguments):
     """The command line; see `parse`."""
 
-    run_dir: str
-    node: str
-    fd: int
     private_dir: str
-    secrets: str
 
 
 def parse(argv: list[str] | None = None) -> Arguments:
     """The command line as `Arguments`."""
-    program = "python -m hpc_gym.rollout.judge_server"
-    parser = argparse.ArgumentParser(prog=program, description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--run-dir", required=True, help="run directory, with plan.json")
-    parser.add_argument("--node", required=True, help="name of this node in logs")
-    parser.add_argument("--fd", required=True, type=int, help="inherited listening socket")
+    parser = serving.parser("hpc_gym.rollout.judge_server", __doc__ or "")
     parser.add_argument("--private-dir", required=True, help="folder of the socket judge.sock")
-    parser.add_argument("--secrets", required=True, help="secrets file of the attempt")
     return Arguments(**vars(parser.parse_args(argv)))
 
 

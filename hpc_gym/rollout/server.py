@@ -7,7 +7,6 @@ once, whatever still loads behind it, and `GET /health` says what that is.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import secrets
@@ -38,15 +37,11 @@ from hpc_gym.rollout.weights import Weights, WeightsFailed, WeightsRefused
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Arguments:
+@dataclass(frozen=True, kw_only=True)
+class Arguments(serving.ServerArguments):
     """The command line; see `parse`."""
 
-    run_dir: str
-    node: str
-    fd: int
     private_dir: str
-    secrets: str
     policy_port: int | None = None
     gym_port: int | None = None
     environments: Sequence[str] = ()
@@ -55,10 +50,7 @@ class Arguments:
 
 def parse(argv: list[str] | None = None) -> Arguments:
     """The command line as `Arguments`."""
-    parser = argparse.ArgumentParser(prog="python -m hpc_gym.rollout.server", description=__doc__.partition("\n")[0])
-    parser.add_argument("--run-dir", required=True, help="run directory, with plan.json")
-    parser.add_argument("--node", required=True, help="name of this node in logs")
-    parser.add_argument("--fd", required=True, type=int, help="inherited listening socket of the public endpoint")
+    parser = serving.parser("hpc_gym.rollout.server", __doc__ or "")
     parser.add_argument("--policy-port", type=int, help="loopback port of the policy endpoint")
     parser.add_argument("--gym-port", type=int, help="loopback port of NeMo Gym's head server")
     parser.add_argument(
@@ -66,7 +58,6 @@ def parse(argv: list[str] | None = None) -> Arguments:
     )
     parser.add_argument("--judges", type=serving.endpoints, help="HOST:PORT,... instead of a judge of this node")
     parser.add_argument("--private-dir", required=True, help="folder of the sockets vllm-K.sock")
-    parser.add_argument("--secrets", required=True, help="secrets file of the attempt")
     parser.set_defaults(environments=(), judges=())
     arguments = Arguments(**vars(parser.parse_args(argv)))
     if bool(arguments.environments) == (arguments.gym_port is not None and arguments.policy_port is not None):

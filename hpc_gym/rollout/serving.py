@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import hmac
@@ -9,6 +10,7 @@ import logging
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -34,6 +36,28 @@ closing one.
 """
 GONE = Response(status_code=499)
 """For a client that is no longer there to read it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerArguments:
+    """The part of the command line that all servers have in common; see `parser`."""
+
+    run_dir: str
+    node: str
+    fd: int
+    secrets: str
+
+
+def parser(module: str, description: str) -> argparse.ArgumentParser:
+    """A parser of `ServerArguments`, to which a server adds its own; `--help` shows the description's first
+    paragraph.
+    """
+    made = argparse.ArgumentParser(prog=f"python -m {module}", description=description.partition("\n\n")[0])
+    made.add_argument("--run-dir", required=True, help="run directory, with plan.json")
+    made.add_argument("--node", required=True, help="name of this node in logs")
+    made.add_argument("--fd", required=True, type=int, help="inherited listening socket of the public endpoint")
+    made.add_argument("--secrets", required=True, help="secrets file of the attempt")
+    return made
 
 
 class RequireToken:
