@@ -40,6 +40,8 @@ ENVIRONMENTS = {
     "reasoning_gym": "environments/reasoning_gym/config.yaml",
     "mcqa": "resources_servers/mcqa/configs/mcqa.yaml",
 }
+# Several turns of a required tool call take a busy machine long.
+DEADLINES_S = {"workplace_assistant": 90, "reasoning_gym": 60, "mcqa": 30}
 
 
 def nemo_gym_files() -> Path:
@@ -250,7 +252,7 @@ class RolloutNode:
             nodes=(),
             runtimes={},
             environments=tuple(
-                plans.Environment(name, f"{name}_simple_agent", (path,), timeout_s=25, max_attempts=2)
+                plans.Environment(name, f"{name}_simple_agent", (path,), timeout_s=DEADLINES_S[name], max_attempts=2)
                 for name, path in ENVIRONMENTS.items()
             ),
             rollout=plans.RolloutSettings("policy", MAX_MODEL_LEN, max_concurrent=64, replicas=1),

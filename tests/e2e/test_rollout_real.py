@@ -391,20 +391,20 @@ async def ask_vllm(node: RolloutNode, *paths: str) -> None:
 
 
 def test_a_lost_environment_server_gives_failures_and_no_rewards(node: RolloutNode, client: RolloutClient) -> None:
-    requests = requests_for(["workplace_assistant"], each=1)
+    requests = requests_for(["mcqa"], each=4, tokens=1024)
     found: list[Trajectory] = []
     run = threading.Thread(target=lambda: found.extend(client.run(requests, weight_version=8)))
     run.start()
     until(lambda: (health := client.health()[0]) is not None and health.running > 0, 20, "rollouts are running")
     with urllib.request.urlopen(f"http://127.0.0.1:{node.gym_port}/server_instances", timeout=10) as answer:
-        (server,) = [each for each in json.load(answer) if each["process_name"] == "workplace_assistant"]
+        (server,) = [each for each in json.load(answer) if each["process_name"] == "mcqa"]
     for process in (*psutil.Process(server["pid"]).children(recursive=True), psutil.Process(server["pid"])):
         process.kill()
     run.join(100)
     assert len(found) == len(requests)
     for trajectory in found:
         assert trajectory.outcome is Outcome.FAILED
-        assert trajectory.reason.startswith("environment_server_lost: workplace_assistant"), trajectory.reason
+        assert trajectory.reason.startswith("environment_server_lost: mcqa"), trajectory.reason
         assert np.isnan(trajectory.reward)
 
 
@@ -416,5 +416,5 @@ def replica_state(client: RolloutClient) -> str:
 def test_a_lost_vllm_is_noticed_and_its_rows_fail_as_stale(node: RolloutNode, client: RolloutClient) -> None:
     node.kill("vllm")
     until(lambda: replica_state(client) == "loading", 20, "the loss is noticed")
-    for trajectory in client.run(requests_for(["mcqa"], each=1), weight_version=8):
+    for trajectory in client.run(requests_for(["reasoning_gym"], each=1), weight_version=8):
         assert trajectory.reason.startswith("weights_stale: weights 8 are wanted, vllm-0 is starting")
