@@ -157,7 +157,8 @@ def _judge_outside(url: str, model: str, key: str) -> Finding:
     except KeyRefused:
         return Finding("judge", "failed", f"{url} refuses the key: set judge.api_key_env to the variable that holds it")
     if listed is None:
-        return Finding("judge", "warning", f"{url} answers, but lists no models as an OpenAI-compatible server would")
+        told = f"{url} answers, but lists no models as an OpenAI-compatible server would: is judge.url its API, up to /v1?"
+        return Finding("judge", "warning", told)
     if model not in listed:
         names = ", ".join(listed[:5]) or "none"
         return Finding("judge", "warning", f"{url} does not list '{model}' (judge.model_name); it lists: {names}")

@@ -30,7 +30,7 @@ def models_at(url: str, key: str) -> list[str] | None:
             listed = json.loads(answer.read())
         return [str(each["id"]) for each in listed["data"]]
     except urllib.error.HTTPError as error:
-        if error.code == 401:
+        if error.code in (401, 403):
             raise KeyRefused from None
         return None
     except (ValueError, KeyError, TypeError):

@@ -82,7 +82,7 @@ class RolloutClient:
         """Returns the servers' health once all are ready.
 
         `on_status` is called, in this thread, with each new line that says what is still missing. Raises
-        RolloutServerError, which says the same, after `deadline_s` seconds.
+        RolloutServerError, which says the same, after `deadline_s` seconds, and where waiting is of no use.
         """
         end = time.monotonic() + deadline_s
         said = ""
@@ -93,6 +93,8 @@ class RolloutClient:
             if on_status is not None and status != said:
                 on_status(status)
             said = status
+            if hopeless := [health.hopeless for health in found if health is not None and health.hopeless]:
+                raise RolloutServerError(hopeless[0])
             ready = [health for health in found if health is not None and health.ready]
             if len(ready) == len(found):
                 return ready

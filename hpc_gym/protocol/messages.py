@@ -84,6 +84,8 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     queued: int
     judged: int = 0
     """Requests that the judge has answered."""
+    hopeless: str = ""
+    """Why there is nothing to wait for: what somebody must change first."""
 
 
 class WeightsInit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

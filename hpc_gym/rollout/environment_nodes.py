@@ -36,6 +36,10 @@ class EnvironmentHealth(msgspec.Struct, frozen=True, kw_only=True):
     judge: str
     """How the judge stands that is asked there; empty where there is none."""
     judged: int
+    trouble: str = ""
+    """What keeps the judge from answering."""
+    hopeless: str = ""
+    """See `messages.Health`."""
 
 
 class _Node:
@@ -107,6 +111,15 @@ class EnvironmentNodes:
     @property
     def judged(self) -> int:
         return sum(node.health.judged for node in self._nodes if node.health)
+
+    @property
+    def trouble(self) -> str:
+        """See `Gym`."""
+        return next((node.health.trouble for node in self._nodes if node.health and node.health.trouble), "")
+
+    @property
+    def hopeless(self) -> str:
+        return next((node.health.hopeless for node in self._nodes if node.health and node.health.hopeless), "")
 
     def status(self) -> str:
         up = sum(node.health is not None for node in self._nodes)

@@ -85,6 +85,8 @@ class EnvironmentServer:
             missing="" if self.gym.ready else self.gym.missing(),
             judge=judge,
             judged=self.judge.answered if self.judge else 0,
+            trouble=self.judge.trouble if self.judge else "",
+            hopeless=self.judge.hopeless if self.judge else "",
         )
 
     def public(self, token: str) -> ASGIApp:
@@ -120,7 +122,7 @@ class EnvironmentServer:
         try:
             answer = await serving.until_gone(request, self.gym.run(request.path_params["agent"], body))
         except Failed as failed:
-            return serving.problem(502, failed.reason)
+            return serving.problem(502, failed.explained(self.judge.trouble if self.judge else "").reason)
         except ClientDisconnect:
             return serving.GONE
         return Response(answer, media_type="application/json")

@@ -47,6 +47,14 @@ class Gym(Protocol):
     def judged(self) -> int:
         """Answers of a judge that is asked there, not here."""
 
+    @property
+    def trouble(self) -> str:
+        """What keeps that judge from answering, as a sentence; empty where nothing does."""
+
+    @property
+    def hopeless(self) -> str:
+        """Why it is of no use to wait for that judge."""
+
     def status(self) -> str:
         """How it stands, for people."""
 
@@ -88,7 +96,7 @@ class NemoGym:
     refuse connections, the runs under way end: NeMo Gym itself notices within a minute, and lets them hang until then.
     """
 
-    judged = 0
+    judged, trouble, hopeless = 0, "", ""
 
     def __init__(self, head_port: int) -> None:
         self._head = f"http://127.0.0.1:{head_port}"

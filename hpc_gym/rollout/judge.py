@@ -24,6 +24,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from hpc_gym.plan.plan import Judge
+from hpc_gym.rollout import judge_answers as answers
 from hpc_gym.rollout.serving import GONE, until_gone
 
 log = logging.getLogger(__name__)
@@ -31,10 +32,11 @@ log = logging.getLogger(__name__)
 POLL_S = 0.5
 POLL_OUTSIDE_S = 5.0
 ASK_S = 5.0
+ASK_OUTSIDE_S = 60.0
+"""An answer, not only a sign of life, of a server that others use too."""
 KEEP_ALIVE_S = 3.0
 """uvicorn, under vLLM, closes idle connections after 5 s: let go of them before that."""
 _TABLE = Path("/proc/net/tcp")
-_REFUSED = "the judge refused the key (judge.api_key_env)"
 
 
 def peer_uid(client_port: int, server_port: int, table: str) -> int | None:
@@ -51,14 +53,15 @@ def peer_uid(client_port: int, server_port: int, table: str) -> int | None:
 
 @dataclass(eq=False)
 class _Server:
-    """Something that answers as the judge. `health`: what to ask whether it is there."""
+    """Something that answers as the judge."""
 
     name: str
     base: str
     health: str
+    """What to ask whether it is there."""
     session: aiohttp.ClientSession
     outside: bool = False
-    """Whoever answers is there; it is not asked again and again, others run it."""
+    """It is asked a question, and once it has answered no more than it must be: others run it, for money perhaps."""
     up: bool = False
     asked: int = 0
     """Requests under way."""
@@ -67,6 +70,7 @@ class _Server:
 class JudgeEndpoint:
     """Serves `chat/completions`, `completions`, `responses` and `models` as the judge does. `answered` counts its
     answers, `up` says whether one is there, `trouble` what went wrong since it answered last: empty, or a sentence.
+    `hopeless` says why waiting for an address outside is of no use, once it is not.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class JudgeEndpoint:
             raise ValueError(f"judge.api_key_env: {judge.api_key_env} was not set when the job was submitted")
         self.answered = 0
         self.trouble = ""
+        self.hopeless = ""
         self._judge = judge
         self._key = secrets[judge.api_key_env] if judge.api_key_env else ""
         self._socket = f"{private_dir}/judge.sock"
@@ -126,24 +131,59 @@ class JudgeEndpoint:
             await server.session.close()
 
     async def _watch(self, server: _Server) -> None:
+        while not server.outside:
+            await self._look(server)
+            await asyncio.sleep(POLL_S)
+        loop = asyncio.get_running_loop()
+        seen = loop.time()
         while True:
-            if not (server.outside and server.up):
-                await self._look(server)
-            await asyncio.sleep(POLL_OUTSIDE_S if server.outside else POLL_S)
+            if not server.up:
+                why, permanent = await self._question(server)
+                if why and loop.time() - seen > self._judge.timeout_s:
+                    # So long no rollout waits for it.
+                    why, permanent = f"{why}, for {loop.time() - seen:.0f} s", True
+                self.hopeless = why if permanent else ""
+            if server.up:
+                seen = loop.time()
+            await asyncio.sleep(POLL_OUTSIDE_S)
+
+    async def _question(self, server: _Server) -> tuple[str, bool]:
+        """Asks an address outside for one token: only an answer shows that address, key and model are right. Why there
+        is none, empty where there is one, and whether that is for good.
+        """
+        model = self._judge.model_name
+        asked = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+        permanent = False
+        try:
+            async with server.session.post(
+                f"{server.base}/chat/completions",
+                data=msgspec.json.encode(asked),
+                timeout=aiohttp.ClientTimeout(total=ASK_OUTSIDE_S),
+                allow_redirects=False,
+            ) as answer:
+                status, body = answer.status, await answer.read()
+            why = answers.refusal(self._judge, server.name, "chat/completions", status, body)
+            permanent = answers.is_permanent(status)
+            if status in answers.THERE:
+                log.info("%s", why)
+                why = ""
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            why = f"{server.name} (judge.url) cannot be asked: {answers.why(error)}"
+        if bool(why) == server.up or (why and why != self.trouble):
+            log.log(logging.WARNING if why else logging.INFO, "%s", why or f"{server.name} is ready")
+        self.trouble = why
+        server.up = not why
+        return why, permanent
 
     async def _look(self, server: _Server) -> None:
         timeout = aiohttp.ClientTimeout(total=ASK_S)
         try:
             async with server.session.get(server.health, timeout=timeout, allow_redirects=False) as answer:
-                # An address outside may know no such path; who refuses the key refuses every question.
-                up = answer.status == 200 or (server.outside and answer.status < 500 and answer.status != 401)
-                why = _REFUSED if answer.status == 401 else f"{server.name} answers with {answer.status}"
+                up, why = answer.status == 200, f"{server.name} answers with {answer.status}"
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            up, why = False, f"{server.name} cannot be reached ({_why(error)})"
-        if up != server.up or (server.outside and not up and why != self.trouble):
+            up, why = False, f"{server.name} cannot be reached: {answers.why(error)}"
+        if up != server.up:
             log.log(logging.INFO if up else logging.WARNING, "%s", f"{server.name} is ready" if up else why)
-        if server.outside:
-            self.trouble = "" if up else why
         server.up = up
 
     async def _health(self, _: Request) -> Response:
@@ -183,16 +223,17 @@ class JudgeEndpoint:
                 ) as answer:
                     body = await answer.read()
             except TimeoutError:
-                return self._troubled(424, f"the judge did not answer within {self._judge.timeout_s:.0f} s")
+                return self._troubled(424, f"{server.name} did not answer within {self._judge.timeout_s:.0f} s")
             except (aiohttp.ClientError, OSError) as error:
                 # The same question to another is the same question: nothing was changed by asking.
-                self._troubled(503, f"{server.name} could not be asked ({_why(error)})")
+                key = " (judge.url)" if server.outside else ""
+                self._troubled(503, f"{server.name}{key} could not be asked: {answers.why(error)}")
                 server.up = False
                 continue
             finally:
                 server.asked -= 1
             server.up = True
-            return self._passed_on(path, answer.status, answer.content_type, body)
+            return self._passed_on(server, path, answer.status, answer.content_type, body)
         return _problem(503, "the judge could not be asked; it may be starting")
 
     def _troubled(self, status: int, text: str) -> Response:
@@ -200,22 +241,16 @@ class JudgeEndpoint:
         self.trouble = text
         return _problem(status, text)
 
-    def _passed_on(self, path: str, status: int, content_type: str, body: bytes) -> Response:
-        words = body[:300].decode(errors="replace")
-        if status == 200 and not _is_answer(path, body):
-            return self._troubled(
-                424, f"the judge's answer to {path} is none of an OpenAI-compatible server: {words!r}"
-            )
-        if status == 200:
-            self.answered += 1
-            self.trouble = ""
-        elif status in (401, 403):
-            # Without its words: they may quote the key.
-            return self._troubled(status, _REFUSED)
-        elif status == 400:
-            return self._troubled(424, f"the judge refused the question: {words}")
+    def _passed_on(self, server: _Server, path: str, status: int, content_type: str, body: bytes) -> Response:
+        if refusal := answers.refusal(self._judge, server.name, path, status, body):
+            passed = answers.passed_on(status)
+            # The words of who refuses a key may quote it.
+            if status != passed or status in answers.KEY_REFUSED:
+                return self._troubled(passed, refusal)
+            self._troubled(status, refusal)
         else:
-            self._troubled(status, f"the judge answered {path} with {status}: {words}")
+            self.answered += 1
+            self.trouble = self.hopeless = ""
         return Response(body, status, media_type=content_type)
 
     def _in_order(self) -> Iterable[_Server]:
@@ -235,7 +270,7 @@ class JudgeEndpoint:
             # An address outside may only be reached through the site's proxy.
             session = _session(connector, self._key, trust_env=True)
             name = f"the judge at {urlsplit(self._judge.url).hostname}"
-            yield _Server(name, self._judge.url, f"{self._judge.url}/models", session, outside=True)
+            yield _Server(name, self._judge.url, "", session, outside=True)
             return
         for node in self._nodes:
             connector = aiohttp.TCPConnector(limit=0)
@@ -244,23 +279,6 @@ class JudgeEndpoint:
         if not self._nodes:
             connector = aiohttp.UnixConnector(self._socket, limit=0, keepalive_timeout=KEEP_ALIVE_S)
             yield _Server("the judge", "http://judge/v1", "http://judge/health", _session(connector))
-
-
-def _is_answer(path: str, body: bytes) -> bool:
-    """Whether a body holds what NeMo Gym reads out of an answer to that path."""
-    wanted = {"chat/completions": "choices", "completions": "choices", "responses": "output"}.get(path)
-    if wanted is None:
-        return True
-    try:
-        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-    except msgspec.MsgspecError:
-        return False
-    return bytes(fields.get(wanted, b"")).lstrip()[:1] == b"["
-
-
-def _why(error: Exception) -> str:
-    # Not its words: an address may stand in them.
-    return type(error).__name__
 
 
 def _session(connector: aiohttp.BaseConnector, key: str = "", trust_env: bool = False) -> aiohttp.ClientSession:

@@ -15,6 +15,15 @@ class Failed(Exception):
         super().__init__(reason)
         self.reason = reason
 
+    def explained(self, trouble: str) -> Failed:
+        """The same with the trouble that the judge has: NeMo Gym says only that a server of its own failed, or nothing
+        until the deadline.
+        """
+        code, _, rest = self.reason.partition(":")
+        if not trouble or trouble in self.reason or code not in ("agent_error", "deadline"):
+            return self
+        return Failed(f"{code}: {trouble};{rest}")
+
 
 RETRIED = ("agent_error", "agent_unreachable", "environment_server_lost", "replica_lost", "vllm_error")
 """Codes of failures that another attempt may not have: something crashed, was restarted, or was overloaded."""

@@ -117,7 +117,7 @@ class Rollouts:
                 finally:
                     self._policy.close(conversation)
             except Failed as failed:
-                failed = self._explained(failed)
+                failed = failed.explained(self._trouble())
                 log.warning("%s: attempt %d/%d failed: %s", environment.name, attempt, environment.max_attempts, failed)
                 first = first or failed.reason
                 over = loop.time() + RETRY_S >= deadline or attempt >= environment.max_attempts
@@ -137,14 +137,6 @@ class Rollouts:
                     seconds=loop.time() - start,
                 )
         raise AssertionError("unreachable")
-
-    def _explained(self, failed: Failed) -> Failed:
-        """NeMo Gym says that a server of its own failed, or nothing until the deadline; the judge may be why."""
-        trouble = self._trouble()
-        if trouble and failed.reason.startswith(("agent_error", "deadline")):
-            code, _, rest = failed.reason.partition(":")
-            return Failed(f"{code}: {trouble};{rest}")
-        return failed
 
     async def _open(self, group: int, weight_version: int, deadline: float) -> Conversation:
         """A conversation, once there is a replica for it and NeMo Gym is there. Raises Failed when that takes too

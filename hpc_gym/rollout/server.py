@@ -84,7 +84,10 @@ class RolloutServer:
         self.gym = gym
         self.policy = policy
         self.judge = judge
-        trouble = (lambda: judge.trouble) if judge else str
+
+        def trouble() -> str:
+            return judge.trouble if judge else gym.trouble
+
         self.rollouts = Rollouts(environments, self.replicas, self.gym, policy, max_concurrent, trouble)
         self.batches = Batches(self.rollouts)
         self.weights = Weights(self.replicas)
@@ -104,6 +107,7 @@ class RolloutServer:
             running=self.rollouts.running,
             queued=self.rollouts.queued,
             judged=self.judge.answered if self.judge else self.gym.judged,
+            hopeless=self.judge.hopeless if self.judge else self.gym.hopeless,
         )
 
     def public(self, token: str, environment_nodes: bool = False) -> ASGIApp:

@@ -58,9 +58,10 @@ def finding(project: Project, url: str) -> Finding:
     [
         (200, json.dumps({"data": [{"id": "small"}, {"id": "big"}]}), "ok", "big at http"),
         (200, json.dumps({"data": [{"id": "small"}]}), "warning", "does not list 'big'.*it lists: small"),
-        (200, "<html>", "warning", "lists no models"),
+        (200, "<html>", "warning", "lists no models.*judge.url"),
         (302, "", "warning", "lists no models"),
-        (401, "", "failed", "refuses the key"),
+        (401, "", "failed", "refuses the key.*judge.api_key_env"),
+        (403, "", "failed", "refuses the key"),
     ],
 )
 def test_what_answers_there_is_told(

@@ -19,9 +19,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from hpc_gym.plan.plan import Judge
 from hpc_gym.rollout.environment_nodes import EnvironmentNodes
 from hpc_gym.rollout.environment_server import EnvironmentServer
 from hpc_gym.rollout.gym import NemoGym
+from hpc_gym.rollout.judge import JudgeEndpoint
 from hpc_gym.rollout.outcomes import Failed, read_verdict, worth_retrying
 from hpc_gym.rollout.policy import TAG
 from hpc_gym.rollout.relay import PolicyRelay
@@ -227,6 +229,22 @@ def test_a_failure_on_the_node_is_the_rollouts_reason(
     assert reason == says
     assert worth_retrying(reason) is again
     assert failure(served, spread.run("nobody", b"{}")) == "unknown_agent: NeMo Gym has no agent 'nobody'"
+
+
+def test_a_run_that_failed_because_of_the_judge_says_so(served: Served, policies: list[Policy]) -> None:
+    gym = Gym(served)
+    relay = PolicyRelay([policies[0].endpoint], TOKEN, "policy", 20)
+    judge = JudgeEndpoint(Judge("big", 5, "http://127.0.0.1:9/v1"), "", {})
+    server = EnvironmentServer(NemoGym(gym.port), relay, judge)
+    nodes = EnvironmentNodes([served.start(server.public(TOKEN))], TOKEN)
+    served.watch(server.watch())
+    served.watch(watched(nodes))
+    served.until(lambda: nodes.usable and bool(nodes.trouble))
+    trouble = "the judge at 127.0.0.1 (judge.url) cannot be asked: it takes no connection"
+    reason = failure(served, run(nodes, "x", status=500))
+    assert reason == f"agent_error: {trouble}; the agent answered 500: no such tool"
+    assert nodes.trouble == trouble
+    assert not nodes.ready
 
 
 def test_a_lost_environment_server_fails_its_runs_alone_and_gets_no_more(

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from hpc_gym.plan.plan import Judge
+from hpc_gym.protocol.client import RolloutClient, RolloutServerError
 from hpc_gym.rollout.environment_server import EnvironmentServer
 from hpc_gym.rollout.gym import NemoGym
 from hpc_gym.rollout.judge import JudgeEndpoint, peer_uid
@@ -32,6 +34,7 @@ from hpc_gym.rollout.server import RolloutServer
 from hpc_gym.rollout.serving import guarded
 
 KEY = "sk-planted"
+TOKEN = "s3cret"
 CHAT = b'{"model": "big",  "messages": [{"role": "user", "content": "hi"}]}'
 ASK = (
     "import sys, urllib.request, urllib.error\n"
@@ -122,6 +125,7 @@ def test_the_judges_own_errors_go_back_as_they_are(served: Served, tmp_path: Pat
     ("status", "body", "words"),
     [
         (400, b'{"error": "maximum context length is 64 tokens"}', "refused the question.*maximum context length"),
+        (307, b"", "answered chat/completions with 307.*judge.url"),
         (200, b"<html>Welcome to our proxy", "none of an OpenAI-compatible server.*Welcome"),
         (200, b'{"detail": "no such model"}', "none of an OpenAI-compatible server.*no such model"),
     ],
@@ -142,23 +146,67 @@ def test_what_the_judge_could_not_judge_is_no_verdict(
     served.do(endpoint.close())
 
 
-def test_an_address_outside_is_ready_when_somebody_answers_there_and_says_why_not_until_then(
-    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("status", "body", "key", "words"),
+    [
+        (401, b"{}", None, "127.0.0.1 wants a key.*judge.api_key_env"),
+        (401, b"{}", "JUDGE_KEY", "127.0.0.1 refused the key in JUDGE_KEY.*judge.api_key_env"),
+        (404, b"no model big", None, "404: 'no model big'; judge.url must.*'big' .judge.model_name."),
+        (301, b"", None, "answered chat/completions with 301.*judge.url must"),
+        (200, b"<html>", None, "none of an OpenAI-compatible server: '<html>'; judge.url must"),
+    ],
+)
+def test_an_address_outside_that_will_never_answer_is_told_before_anything_is_rolled_out(
+    served: Served,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    body: bytes,
+    key: str | None,
+    words: str,
 ) -> None:
     monkeypatch.setattr("hpc_gym.rollout.judge.POLL_OUTSIDE_S", 0.1)
     outside = Outside()
-    outside.status = 401
+    outside.status, outside.body = status, body
     address = served.start(outside.app())
-    endpoint, _ = endpoint_for(served, Judge("big", 5, "http://127.0.0.1:9/v1"), tmp_path)
-    refused, _ = endpoint_for(served, Judge("big", 5, f"http://{address}/v1"), tmp_path)
+    endpoint = JudgeEndpoint(Judge("big", 5, f"http://{address}/v1", key), str(tmp_path), {"JUDGE_KEY": KEY})
+    server = RolloutServer([], PolicyEndpoint("policy", 100), str(tmp_path), 1, 8, NemoGym(1), endpoint)
+    public = served.start(server.public(TOKEN))
     served.watch(endpoint.watch())
-    served.watch(refused.watch())
-    served.until(lambda: "127.0.0.1 cannot be reached (ClientConnectorError)" in endpoint.status())
-    served.until(lambda: "refused the key (judge.api_key_env)" in refused.status())
-    assert not endpoint.up
-    assert not refused.up
-    outside.status = 404
-    served.until(lambda: refused.status() == "judge ready")
+    served.until(lambda: bool(re.search(words, endpoint.hopeless)))
+    with RolloutClient([public], TOKEN) as client, pytest.raises(RolloutServerError, match=words):
+        client.wait_ready(60)
+    assert endpoint.status() == endpoint.trouble == endpoint.hopeless
+
+    outside.status, outside.body = 200, None
+    served.until(lambda: endpoint.status() == "judge ready")
+    assert endpoint.hopeless == endpoint.trouble == ""
+    asked = len(outside.seen)
+    assert json.loads(outside.seen[-1][1])["model"] == "big"
+    time.sleep(0.5)
+    assert len(outside.seen) == asked, "it costs somebody money"
+    served.do(endpoint.close())
+
+
+def test_an_address_outside_is_waited_for_as_long_as_a_rollout_would(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpc_gym.rollout.judge.POLL_OUTSIDE_S", 0.1)
+    endpoint, _ = endpoint_for(served, Judge("big", 1, "http://127.0.0.1:9/v1"), tmp_path)
+    outside = Outside()
+    outside.status = 503
+    starting, _ = endpoint_for(served, Judge("big", 30, f"http://{served.start(outside.app())}/v1"), tmp_path)
+    served.watch(endpoint.watch())
+    served.watch(starting.watch())
+    said = "the judge at 127.0.0.1 (judge.url) cannot be asked: it takes no connection"
+    served.until(lambda: endpoint.status() == said)
+    served.until(lambda: re.fullmatch(re.escape(said) + r", for \d+ s", endpoint.hopeless))
+    assert "answered chat/completions with 503" in starting.status()
+    assert starting.hopeless == ""
+    outside.status = 429
+    served.until(lambda: starting.up)
+    for each in (endpoint, starting):
+        served.do(each.close())
 
 
 def test_an_answer_that_quotes_the_key_is_not_passed_on(
@@ -170,7 +218,7 @@ def test_an_answer_that_quotes_the_key_is_not_passed_on(
     endpoint, url = endpoint_for(served, judge, tmp_path)
     status, body = ask(f"{url}/chat/completions")
     assert status == 401
-    assert "judge.api_key_env" in body["error"]["message"]
+    assert body["error"]["message"].endswith("judge.api_key_env must name the right one")
     assert KEY not in json.dumps(body) + caplog.text
     served.do(endpoint.close())
 
@@ -186,9 +234,6 @@ def test_a_judge_of_this_node_is_asked_on_its_socket_and_waited_for(served: Serv
     assert ask(f"{url}/chat/completions")[0] == 200
     assert outside.seen == [("/v1/chat/completions", CHAT, "")]
     served.do(endpoint.close())
-
-
-TOKEN = "s3cret"
 
 
 class JudgeNode:

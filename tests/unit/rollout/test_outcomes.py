@@ -47,3 +47,13 @@ def test_what_may_pass_is_tried_again() -> None:
     assert not worth_retrying("weights_stale: weights 8 are wanted")
     assert not worth_retrying("history_rewritten: the agent changed or dropped earlier messages")
     assert not worth_retrying("deadline: the rollout was not done within 60 s")
+
+
+def test_what_the_judge_suffers_from_explains_a_failure_that_it_may_be_behind() -> None:
+    trouble = "the judge refused the key"
+    silent = Failed("deadline: the rollout was not done within 900 s").explained(trouble)
+    assert silent.reason == f"deadline: {trouble}; the rollout was not done within 900 s"
+    assert silent.explained(trouble) is silent, "once is enough"
+    for reason in ("replica_lost: vllm-0 was restarted", "no_reward: but null"):
+        assert Failed(reason).explained(trouble).reason == reason
+    assert Failed("agent_error: the agent answered 500").explained("").reason == "agent_error: the agent answered 500"
