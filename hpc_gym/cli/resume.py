@@ -27,6 +27,10 @@ def resume(
     \b
     hpc-gym resume workplace nodes.train=4
     With another number of training ranks a step stays what it was: the batch of a rank is changed for it.
+
+    \b
+    hpc-gym resume workplace grpo.max_steps=2000
+    So that a run which is complete goes on, too.
     """
     from hpc_gym.jobs.resume import prepare_resumption, submit_resumption
 
@@ -36,11 +40,12 @@ def resume(
         import json
 
         facts = {"job_id": resumed.job_id, "name": resumed.record.name, "run_dir": str(resumed.run_dir)}
-        typer.echo(json.dumps(facts | {"adapted": dict(resumption.adapted)}))
+        step = resumption.saved.step if resumption.saved else 0
+        typer.echo(json.dumps(facts | {"from_step": step, "adapted": dict(resumption.adapted)}))
     else:
-        if resumption.told:
-            typer.echo(resumption.told)
-        typer.echo(f"Submitted job {resumed.job_id}, which goes on with {resumed.run_dir}.")
+        for sentence in resumption.told:
+            typer.echo(sentence)
+        typer.echo(f"Submitted job {resumed.job_id}, which goes on with {resumed.run_dir} {resumption.where}.")
     if follow:
         from hpc_gym.cli.live import follow_job
 

@@ -88,7 +88,7 @@ def test_another_number_of_ranks_makes_the_same_step(
     experiment = yaml.safe_load(resumption.request.resolved())
     for key, value in adapted.items():
         assert experiment["grpo"][key.removeprefix("grpo.")] == value
-        assert f"{key}={value}" in resumption.told
+        assert f"{key}={value}" in resumption.told[0]
     assert bool(resumption.told) == bool(adapted)
 
 
@@ -146,12 +146,42 @@ def test_an_optimizer_on_nvme_stays_with_its_ranks(project: Project) -> None:
     assert "written by 2 training ranks, this job would have 4: with deepspeed.zero_optimization.offload_opt" in says
 
 
-def test_a_complete_run_says_what_to_do_instead(ended: Ended) -> None:
+def completed(ended: Ended) -> Ended:
     latest = ended.run_dir / "attempts" / "1"
     latest.mkdir(parents=True)
     (latest.parent / "latest").symlink_to("1")
     (latest / "outcome.json").write_text(Outcome("completed").to_json())
-    assert "is complete: there is nothing to go on with. To train its model further" in ended.refused()
+    return ended
+
+
+def test_a_complete_run_goes_on_only_with_more_steps(project: Project) -> None:
+    run = completed(Ended(project).saved(step=10, draws=30))
+    for overrides in ((), ("grpo.max_steps=10",), ("nodes.train=1",)):
+        says = run.refused(*overrides)
+        assert "the run 'small' is complete, with its 10 steps: to go on, ask for more, as grpo.max_steps=20" in says
+        assert f"model.path={run.run_dir / 'model'}" in says
+    longer = run.resumed("grpo.max_steps=15", "nodes.train=4")
+    assert longer.request.plan.training.grpo["max_steps"] == 15
+    assert longer.adapted == {"grpo.per_device_train_batch_size": 3}
+    assert longer.where == "from step 10 of 15"
+
+
+def test_a_complete_run_without_its_checkpoints_does_not_begin_anew(project: Project) -> None:
+    says = completed(Ended(project)).refused("grpo.max_steps=20")
+    assert "is complete and its checkpoints are gone, so it cannot go on" in says
+
+
+def test_where_it_goes_on_and_what_becomes_of_the_learning_rate_is_told(ended: Ended, project: Project) -> None:
+    longer = ended.resumed("grpo.max_steps=20", "nodes.train=1")
+    assert longer.told == (
+        "1 training rank instead of 2 trains on the same 3 prompts per step with grpo.gradient_accumulation_steps=2.",
+        "The learning rate goes on as that of a run of 20 steps, no longer of 10 (grpo.lr_scheduler_type=linear).",
+    )
+    assert longer.where == "from step 4 of 20"
+    assert ended.resumed("grpo.max_steps=20", "grpo.lr_scheduler_type=constant").told == ()
+    assert ended.resumed("grpo.max_steps=4").where.startswith("from step 4, the last one: only what follows")
+    fresh = Ended(project, "name=fresh").resumed("grpo.max_steps=20")
+    assert (fresh.told, fresh.where) == ((), "from the beginning, since it has no checkpoint")
 
 
 def test_the_runtimes_of_the_run_are_kept_while_they_are_there(
