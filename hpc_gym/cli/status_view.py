@@ -141,16 +141,18 @@ def sparkline(values: Sequence[float]) -> str:
 def attempt_lines(status: Status) -> list[str]:
     """A line per attempt before the last one: when it ended, why, and when and where the next one went on."""
     nodes = next((stage for stage in status.stages if stage.name == "nodes"), Stage("nodes"))
-    followers = [*(each.began for each in status.earlier_attempts[1:]), nodes.began]
+    followers = [*((each.began, each.job_id) for each in status.earlier_attempts[1:])]
+    followers.append((nodes.began, status.attempt_job_id))
     last = len(status.earlier_attempts) - 1
     lines = []
-    for position, (end, then) in enumerate(zip(status.earlier_attempts, followers, strict=False)):
+    for position, (end, (then, job_id)) in enumerate(zip(status.earlier_attempts, followers, strict=False)):
         when = "" if end.ended is None else f" at {_clock(end.ended)}"
         took = "" if end.ended is None or end.began is None else f" after {duration(end.ended - end.began)}"
         why = re.sub(r" \(log: [^)]*\)", "", end.sentence.removeprefix("TO BE REQUEUED: "))
         words = f"attempt {end.attempt} ended{when}{took}: {why}"
         if then is not None and end.ended is not None:
-            words += f"; attempt {end.attempt + 1} began {duration(max(0.0, then - end.ended))} later"
+            as_job = f" as job {job_id}" if job_id not in ("", end.job_id) else ""
+            words += f"; attempt {end.attempt + 1} began {duration(max(0.0, then - end.ended))} later{as_job}"
         if position == last and status.resumed_from is not None:
             words += f", from step {status.resumed_from}"
         lines.append(words)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpc_gym.jobs.json_lines import JsonLines
 from hpc_gym.protocol.attempt import Outcome
+from hpc_gym.protocol.events import Event
 
 _TAIL = 1 << 16
 
@@ -23,6 +24,8 @@ class AttemptEnd:
     sentence: str
     began: float | None
     ended: float | None
+    job_id: str = ""
+    """Of the job that the attempt was of: a resume, and every link of a chain, is another one. "": nothing tells."""
 
 
 @dataclass
@@ -32,6 +35,14 @@ class EarlierAttempts:
     folder: Path
     """`attempts/` of the run directory."""
     _known: dict[int, AttemptEnd] = field(default_factory=dict)
+
+    def all(self) -> tuple[AttemptEnd, ...]:
+        """Every attempt there was, in order: where a job that resumes them waits for its first."""
+        try:
+            numbers = [int(entry.name) for entry in self.folder.iterdir() if entry.name.isdigit()]
+        except OSError:
+            return ()
+        return self.before(max(numbers, default=0) + 1)
 
     def before(self, attempt: int) -> tuple[AttemptEnd, ...]:
         """The attempts before that one, in order."""
@@ -43,18 +54,19 @@ class EarlierAttempts:
 
 def _end_of(folder: Path, number: int) -> AttemptEnd:
     path = folder / "events.jsonl"
-    began = next(_moments(JsonLines(path)), None)
-    ended = began
+    first: Event = next(JsonLines(path).new(), {})
+    began = next(_moments([first]), None)
+    ended, job_id = began, str(first.get("job_id", ""))
     with contextlib.suppress(OSError):
         # Only the last events: there may be very many.
         size = path.stat().st_size
-        ended = max(_moments(JsonLines(path, max(0, size - _TAIL))), default=began)
+        ended = max(_moments(JsonLines(path, max(0, size - _TAIL)).new()), default=began)
     outcome = Outcome.read(folder)
     if outcome is None:
         sentence = "it could not say why; so it is when its first node is lost, and Slurm requeues the job by itself"
-        return AttemptEnd(number, "unknown", sentence, began, ended)
-    return AttemptEnd(number, outcome.kind, outcome.sentence(), began, ended)
+        return AttemptEnd(number, "unknown", sentence, began, ended, job_id)
+    return AttemptEnd(number, outcome.kind, outcome.sentence(), began, ended, job_id)
 
 
-def _moments(events: JsonLines) -> Iterator[float]:
-    return (float(event["time"]) for event in events.new() if isinstance(event.get("time"), int | float))
+def _moments(events: Iterable[Event]) -> Iterator[float]:
+    return (float(event["time"]) for event in events if isinstance(event.get("time"), int | float))

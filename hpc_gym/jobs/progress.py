@@ -42,6 +42,8 @@ class AttemptProgress:
     attempt: int
     began: float | None = None
     """Moment at which its job script began."""
+    job_id: str = ""
+    """Of the job that it is of."""
     joined: dict[str, float] = field(default_factory=dict)
     """Node to the moment its supervisor reported."""
     hosts: dict[str, str] = field(default_factory=dict)
@@ -88,7 +90,7 @@ class AttemptProgress:
 
     def _take_of_node(self, node: str, kind: str, moment: float, event: Event) -> None:
         if kind == "began":
-            self.began = moment
+            self.began, self.job_id = moment, str(event.get("job_id", ""))
         elif kind == "joined":
             self.joined.setdefault(node, moment)
             self.hosts[node] = str(event.get("host", ""))

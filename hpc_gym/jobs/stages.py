@@ -149,14 +149,17 @@ def _training(plan: Plan, moment: Moment, run_dir: Path) -> list[Stage]:
     step = int(last_step.get("step", 0))
     stepped = float(last_step["time"]) if max_steps and step >= max_steps else None
     ended = [each.exited for each in known]
-    exported = max(filter(None, ended)) if (run_dir / "model").is_dir() and all(ended) else None
+    trained = stepped is not None or not max_steps
+    exported = max(filter(None, ended)) if trained and (run_dir / "model").is_dir() and all(ended) else None
+    # A run that was complete and became longer has results of its first end.
+    final = [each for each in evaluations if int(each.get("step", 0)) >= max_steps]
 
     parts: list[tuple[str, float | None, str]] = []
     if evaluation.at_start and evaluation.sources:
         parts.append(("evaluation before", _evaluated(evaluations, "before"), _rewards(evaluations, "before")))
     parts.append(("training", stepped, f"step {step}/{max_steps}"))
     if evaluation.at_end and evaluation.sources:
-        parts.append(("evaluation after", _evaluated(evaluations, "after"), _rewards(evaluations, "after")))
+        parts.append(("evaluation after", _evaluated(final, "after"), _rewards(final, "after")))
     parts.append(("export", exported, ""))
     stages = []
     for name, end, detail in parts:

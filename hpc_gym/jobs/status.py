@@ -38,9 +38,11 @@ class Status:
     waiting: str
     """While it waits in the queue: why, and when it is expected to start; else ""."""
     attempt: int
-    """0 before the first."""
+    """0 before the first of this job."""
+    attempt_job_id: str
+    """Of the job that the attempt is of: in a chain, of the link that goes on. "" before the first attempt."""
     earlier_attempts: tuple[AttemptEnd, ...]
-    """How those before it ended."""
+    """How those before it ended, also those of the jobs that this one resumes."""
     resumed_from: int | None
     """Step at which the attempt went on; None where it began at the beginning, or has not made a step yet."""
     submitted: float
@@ -111,7 +113,7 @@ class StatusReader:
         step, max_steps = int(last.get("step", 0)), int(self._plan.training.grpo.get("max_steps", 0))
         going_on = pace.step_s is not None and not has_ended(state)
         checkpoint, saved = _newest_checkpoint(self._run_dir)
-        earlier = self._earlier.before(progress.attempt)
+        earlier = self._earlier.before(progress.attempt) if progress.attempt else self._earlier.all()
         return Status(
             job_id=record.job_id,
             name=record.name,
@@ -119,6 +121,7 @@ class StatusReader:
             state=state,
             waiting=standing.waiting,
             attempt=progress.attempt,
+            attempt_job_id=progress.job_id,
             earlier_attempts=earlier,
             resumed_from=self._resumed_from(),
             submitted=record.submitted,
@@ -151,7 +154,8 @@ class StatusReader:
             return self._progress.last or None
         if self._progress.attempt <= 1:
             return self.record.submitted
-        return earlier[-1].ended if earlier else None
+        # The first attempt of a job that resumes others waited since the submit, not since their end.
+        return None if not earlier or earlier[-1].ended is None else max(self.record.submitted, earlier[-1].ended)
 
     def _resumed_from(self) -> int | None:
         first, _ = self.steps.spans.get(self._progress.attempt, (0, 0))

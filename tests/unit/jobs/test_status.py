@@ -293,6 +293,37 @@ def test_the_morning_after_one_line_says_why_the_job_came_back(record: JobRecord
     assert json.loads(json.dumps(asdict(status)))["earlier_attempts"][0]["sentence"] == ended.sentence()
 
 
+def test_a_run_that_was_complete_and_is_resumed_tells_its_story_also_while_it_waits(
+    record: JobRecord, tmp_path: Path
+) -> None:
+    event(record, 1, "began", "", job_id="41")
+    begin(record)
+    ready(record)
+    for number in range(1, 9):
+        step(record, number, 40 + number, max_steps=8)
+    append(record, "evaluations.jsonl", attempt=1, step=8, when="after", time=START + 60, rewards={"counter": [1.0]})
+    (tmp_path / "model").mkdir()
+    for node in ("train-0", "train-1"):
+        event(record, 65, f"rank-{node[-1]}:exited", node, exit_code=0, signal=None)
+    Outcome("completed").write(tmp_path, tmp_path / "attempts" / "1")
+    (tmp_path / "attempts" / "latest").unlink()
+    again = replace(record, kind="slurm", job_id="99", submitted=START + 5000)
+    status = read_status(again, Standing("PENDING", "Resources"))
+    (line,) = attempt_lines(status)
+    assert line.endswith("after 1 min 04 s: COMPLETED")
+    told = stages(status)
+    assert (told["queued"].began, told["queued"].detail) == (START + 5000, "Resources")
+    event(record, 5100, "began", "", attempt=2, job_id="99")
+    event(record, 5101, "joined", "rollout-0", attempt=2, host="node1")
+    status = read_status(again, Standing("RUNNING"))
+    told = stages(status)
+    assert told["queued"].seconds == 100.0
+    assert {told[name].state for name in ("training", "evaluation after", "export")} == {"waiting"}
+    step(record, 9, 5200, attempt=2)
+    (line,) = attempt_lines(read_status(again, Standing("RUNNING")))
+    assert line.endswith("COMPLETED; attempt 2 began 1 h 23 min later as job 99, from step 8")
+
+
 def test_an_attempt_that_could_not_say_how_it_ended_is_told_of(record: JobRecord) -> None:
     begin(record)
     event(record, 200, "began", "", attempt=2)
