@@ -53,7 +53,7 @@ class Highlights:
         found: list[Highlight] = []
         self.left_out = 0
         for each in self._follower.poll(last):
-            for file, raw in each.in_order():
+            for file, raw in each:
                 line = LogLine.of(raw)
                 ours = _OURS.fullmatch(file.process) is not None
                 if ours and _NEWS.match(line.text):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from hpc_gym.jobs.log_files import LogFile
 from hpc_gym.jobs.log_merge import Round
-from hpc_gym.protocol.log_lines import STAMP_LENGTH
+from hpc_gym.protocol.log_lines import STAMP_LENGTH, has_stamp
 
 _BEFORE = 3
 _AFTER = 2
@@ -43,7 +43,7 @@ class LogLine(NamedTuple):
     @classmethod
     def of(cls, line: bytes) -> LogLine:
         """Takes apart a line as it stands in its file."""
-        text = line[STAMP_LENGTH + 1 :] if line[STAMP_LENGTH - 1 : STAMP_LENGTH + 1] == b"Z " else line
+        text = line[STAMP_LENGTH + 1 :] if has_stamp(line) else line
         writer = b""
         if text[:1] == b"(" and (match := _WRITER.match(text)):
             writer, text = match[0], text[match.end() :]
@@ -145,7 +145,7 @@ def error_blocks(rounds: Iterable[Round]) -> Iterator[Block]:
             yield block
 
     for each in rounds:
-        for file, raw in each.in_order():
+        for file, raw in each:
             line = LogLine.of(raw)
             if (reader := readers.get((file.path, line.writer))) is None:
                 key = (file.path, line.writer if len(readers) < _MOST_WRITERS else b"")

@@ -4,72 +4,71 @@ Every line begins with a time stamp of fixed length (`hpc_gym.protocol.log_lines
 the line before it went. No file is held open: on network file systems it is the opening that shows what other nodes
 have written, and a run may have more files than a process may have descriptors.
 
-The merge goes in rounds: what all files have up to the moment at which the first of them has to be read on is sorted at
-once, by moments that are numbers in an array (`hpc_gym.jobs.log_moments`): nothing is done line by line but to cut it
-out and to put its prefix before it.
+The merge goes in rounds: what all files have up to the moment at which the first of them has to be read on is put in
+order at once, as columns (`hpc_gym.jobs.log_columns`): nothing is done line by line.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
+from hpc_gym.jobs.log_columns import NONE, Lines, Positions, gathered
 from hpc_gym.jobs.log_files import LogFile
-from hpc_gym.jobs.log_moments import FIRST, LAST, Moments, moments
+from hpc_gym.jobs.log_moments import FIRST, LAST
 
-_CHUNK = 1 << 16
+_CHUNK = 1 << 17
+_ALL_CHUNKS = 1 << 22
+"""Bytes read ahead of all files together: of many files less of each."""
+_LEAST_CHUNK = 1 << 12
 _LONGEST_LINE = 1 << 20
 _POLL_S = 0.2
 _CATCHING_UP = 1 << 10
 """Lines in one round that mean that there is more to read at once."""
 
-Lines = tuple[LogFile, list[bytes]]
-"""Lines of one file that follow one another, line ends not included."""
-
-Show = Callable[[LogFile, list[bytes], bool], list[bytes]]
-"""Makes of lines of a file those that are given out, one for one. The last argument: whether it is known that each has
-a stamp. It is called when they are read: later they would have to be brought back into the processor's cache."""
-
 
 @dataclass(frozen=True)
 class Round:
-    """Lines of several files, none of them earlier than what came in the round before."""
+    """Lines of several files in time order, none of them earlier than those of the round before."""
 
-    parts: list[Lines]
-    keys: list[Moments]
-    """The moments of the lines of each part."""
+    files: list[LogFile]
+    whose: Positions
+    """Of each line, the index of its file."""
+    lines: Lines
+
+    @classmethod
+    def of(cls, parts: list[tuple[LogFile, Lines]]) -> Round:
+        """Puts lines of several files in order; lines of one moment stay in the order of the files."""
+        lines = Lines.joined([lines for _, lines in parts])
+        whose = np.repeat(np.arange(len(parts)), [len(lines) for _, lines in parts])
+        order = np.argsort(lines.moments, kind="stable")
+        return cls([file for file, _ in parts], whose[order], lines[order])
 
     def __len__(self) -> int:
-        return sum(map(len, self.keys))
+        return len(self.lines)
 
-    def order(self) -> list[int]:
-        """The lines by time: their positions in the parts one after another."""
-        positions: list[int] = np.argsort(np.concatenate(self.keys), kind="stable").tolist()
-        return positions
+    def __getitem__(self, which: slice) -> Round:
+        return Round(self.files, self.whose[which], self.lines[which])
 
-    def in_order(self) -> Iterator[tuple[LogFile, bytes]]:
-        """The lines by time, each with its file."""
-        flat = [(file, line) for file, lines in self.parts for line in lines]
-        yield from (flat[position] for position in self.order()) if len(self.parts) > 1 else flat
+    def __iter__(self) -> Iterator[tuple[LogFile, bytes]]:
+        """The lines one by one, without line ends, each with its file."""
+        texts = gathered([self.lines.text], self.lines.starts, self.lines.ends - self.lines.starts)
+        yield from zip(map(self.files.__getitem__, self.whose.tolist()), texts.split(b"\n"), strict=False)
 
 
 @dataclass
 class _Tail:
-    """One file read forward, in complete lines.
-
-    Invariant: `lines[at:]` are the lines read and not yet given out; `keys` are the moments of all `lines`, in order.
-    """
+    """One file read forward, in complete lines."""
 
     file: LogFile
-    show: Show
     offset: int = 0
-    lines: list[bytes] = field(default_factory=list)
-    keys: Moments = field(default_factory=lambda: np.empty(0, np.int64))
-    at: int = 0
+    lines: Lines = NONE
+    """Those that have been read and not yet given out."""
     newest: int = FIRST
+    """The moment of the last line read."""
     partial: bytes = b""
     """A line whose end has not been written yet."""
     at_end: bool = False
@@ -78,20 +77,20 @@ class _Tail:
     """Half of the lines that the last reading gave. With fewer left the next one is due: were it due only with none
     left, the files would come due one after the other, and a round would be a small part of what has been read."""
 
-    def read(self, whole: bool) -> bool:
-        """Reads on when little is left to give out. `whole`: a last line without line end waits for it.
+    def read(self, chunk: int, whole: bool) -> bool:
+        """Reads on, `chunk` bytes at once, when little is left to give out.
 
-        Returns whether there is something to give out.
+        `whole`: a last line without line end waits for it. Returns whether there is something to give out.
         """
-        while not self.at_end and len(self.lines) - self.at <= self.enough:
-            self._read_chunk(whole)
-        return self.at < len(self.lines)
+        while not self.at_end and len(self.lines) <= self.enough:
+            self._read_chunk(chunk, whole)
+        return len(self.lines) > 0
 
-    def _read_chunk(self, whole: bool) -> None:
+    def _read_chunk(self, size: int, whole: bool) -> None:
         try:
             with open(self.file.path, "rb", buffering=0) as file:  # noqa: PTH123 (several times a second)
                 file.seek(self.offset)
-                chunk = file.read(_CHUNK)
+                chunk = file.read(size)
         except FileNotFoundError:
             chunk = b""
         self.offset += len(chunk)
@@ -100,35 +99,22 @@ class _Tail:
         body, self.partial = body[:end], body[end:]
         if self.partial and (len(self.partial) > _LONGEST_LINE or (not chunk and not whole)):
             body, self.partial = body + self.partial + b"\n", b""
-        self.at_end = len(chunk) < _CHUNK and (whole or not self.partial)
+        self.at_end = len(chunk) < size and (whole or not self.partial)
         if body:
-            self._append(body)
+            new = Lines.of(body, self.newest)
+            self.newest, self.enough = int(new.moments[-1]), len(new) // 2
+            self.lines = Lines.joined([self.lines, new])
 
-    def _append(self, body: bytes) -> None:
-        lines = body.split(b"\n")
-        lines.pop()
-        keys, stamped = moments(body, self.newest)
-        lines = self.show(self.file, lines, stamped)
-        self.newest, self.enough = int(keys[-1]), len(lines) // 2
-        self.lines = self.lines[self.at :] + lines
-        self.keys = np.concatenate((self.keys[self.at :], keys))
-        self.at = 0
-
-    def take(self, bound: int) -> tuple[list[bytes], Moments]:
-        """(lines, keys) up to and including the moment `bound`, as far as they have been read."""
-        start, end = self.at, int(self.keys.searchsorted(bound, side="right"))
-        self.at = max(start, end)
-        return self.lines[start : self.at], self.keys[start : self.at]
+    def take(self, bound: int) -> Lines:
+        """The lines up to and including the moment `bound`, as far as they have been read."""
+        end = int(self.lines.moments.searchsorted(bound, side="right"))
+        taken, self.lines = self.lines[:end], self.lines[end:]
+        return taken
 
 
-def as_they_are(file: LogFile, lines: list[bytes], stamped: bool) -> list[bytes]:
-    """Shows lines with their stamps, and nothing else."""
-    return lines
-
-
-def merge(files: Iterable[LogFile], show: Show = as_they_are) -> Iterator[Round]:
+def merge(files: Iterable[LogFile]) -> Iterator[Round]:
     """The lines of all files as they are now, in time order."""
-    yield from _rounds([_Tail(file, show) for file in files], LAST, whole=False)
+    yield from _rounds([_Tail(file) for file in files], LAST, whole=False)
 
 
 class Follower:
@@ -138,9 +124,8 @@ class Follower:
     that were written at one moment are put in order.
     """
 
-    def __init__(self, list_files: Callable[[], Iterable[LogFile]], show: Show = as_they_are) -> None:
+    def __init__(self, list_files: Callable[[], Iterable[LogFile]]) -> None:
         self._list_files = list_files
-        self._show = show
         self._tails: dict[str, _Tail] = {}
         self._finished: set[str] = set()
         self._watermark = FIRST
@@ -151,7 +136,7 @@ class Follower:
         """The rounds that can be given out now. `last`: nothing more will be written, so all there is."""
         for file in self._list_files():
             if file.path not in self._finished:
-                self._tails.setdefault(file.path, _Tail(file, self._show))
+                self._tails.setdefault(file.path, _Tail(file))
         bound, given = LAST if last else self._watermark, 0
         for each in _rounds(list(self._tails.values()), bound, whole=not last):
             given += len(each)
@@ -170,11 +155,9 @@ class Follower:
         self._finished |= past
 
 
-def follow(
-    list_files: Callable[[], Iterable[LogFile]], ended: Callable[[], bool], show: Show = as_they_are
-) -> Iterator[Round]:
+def follow(list_files: Callable[[], Iterable[LogFile]], ended: Callable[[], bool]) -> Iterator[Round]:
     """The lines of all files in time order, and what is written to them or to new files, until `ended()`."""
-    follower = Follower(list_files, show)
+    follower = Follower(list_files)
     while True:
         given = 0
         for each in follower.poll():
@@ -192,17 +175,12 @@ def _rounds(tails: list[_Tail], limit: int, whole: bool) -> Iterator[Round]:
     for tail in tails:
         tail.at_end = False
     while True:
-        tails = [tail for tail in tails if tail.read(whole)]
+        chunk = min(_CHUNK, max(_LEAST_CHUNK, _ALL_CHUNKS // max(1, len(tails))))
+        tails = [tail for tail in tails if tail.read(chunk, whole)]
         # What has not been read of a file is no earlier than the newest line that has.
         unread = (tail.newest for tail in tails if not tail.at_end)
         bound = min(limit, min(unread, default=LAST))
-        parts: list[Lines] = []
-        keys: list[Moments] = []
-        for tail in tails:
-            lines, their_keys = tail.take(bound)
-            if lines:
-                parts.append((tail.file, lines))
-                keys.append(their_keys)
+        parts = [(tail.file, lines) for tail in tails if len(lines := tail.take(bound))]
         if not parts:
             return
-        yield Round(parts, keys)
+        yield Round.of(parts)

@@ -34,24 +34,22 @@ def _weights() -> NDArray[np.float32]:
 _WEIGHTS = _weights()
 
 
-def moments(body: bytes, since: int) -> tuple[Moments, bool]:
-    """(the moments of the lines of `body`, which ends with a line end; whether each of them has a stamp).
+def moments(
+    body: bytes, starts: NDArray[np.int64], ends: NDArray[np.int64], since: int
+) -> tuple[Moments, NDArray[np.bool_]]:
+    """(the moments of the lines `body[start:end]`, whether each of them has a stamp).
 
     In order: a line without a stamp, or of a clock that stepped back, has the moment of the line before it; `since` is
     the moment of the one before the first.
     """
-    padded = body + _PADDING
-    ends = np.flatnonzero(np.frombuffer(padded, np.uint8) == ord("\n"))
-    starts = np.empty_like(ends)
-    starts[0], starts[1:] = 0, ends[:-1] + 1
-    # At every byte the next ones: numpy's own view of that kind takes as long as all the rest.
-    windows: NDArray[np.uint8] = np.ndarray((len(body), len(_FORM)), np.uint8, padded, strides=(1, 1))
-    heads = windows[starts] - _ZERO
+    # At every byte the next ones, as values of one type, which numpy gathers ten times as fast as rows.
+    windows = np.ndarray((len(body),), f"V{len(_FORM)}", body + _PADDING, strides=(1,))
+    heads = windows[starts].view(np.uint8).reshape(-1, len(_FORM)) - _ZERO
     # As single floats, which hold seven digits exactly, for the sake of BLAS.
     parts = (heads.astype(np.float32) @ _WEIGHTS).astype(np.int64)
     told: Moments = (parts[:, 0] * _MILLION + parts[:, 1]) * _MILLION + parts[:, 2]
-    stamped = (heads[:, -2] == _END[0]) & (heads[:, -1] == _END[1])
-    stamped &= (ends - starts >= len(_FORM)) & (parts[:, 0] < 10 * _MILLION)
+    stamped: NDArray[np.bool_] = (heads[:, -2] == _END[0]) & (heads[:, -1] == _END[1])
+    stamped &= (ends - starts > len(_FORM)) & (parts[:, 0] < 10 * _MILLION)
     told *= stamped
-    told[0] = max(int(told[0]), since)
-    return np.maximum.accumulate(told, out=told), bool(stamped.all())
+    told[:1] = np.maximum(told[:1], since)
+    return np.maximum.accumulate(told, out=told), stamped

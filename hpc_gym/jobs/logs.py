@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+
+from hpc_gym.jobs.log_columns import gathered
 from hpc_gym.jobs.log_errors import Block, error_blocks
 from hpc_gym.jobs.log_files import LogFile, Selection, attempts, log_files
 from hpc_gym.jobs.log_merge import Round, follow, merge
 from hpc_gym.jobs.records import JobRecord
 from hpc_gym.jobs.script_log import script_log
 from hpc_gym.protocol.attempt import Failure, Outcome
-from hpc_gym.protocol.log_lines import STAMP_LENGTH, stamp
+from hpc_gym.protocol.log_lines import STAMP_LENGTH, has_stamp, stamp
 
 _COLOURS = {"rollout": 36, "train": 32, "judge": 35, "environment": 33}
 _TO_MILLISECONDS = 23
@@ -33,25 +37,29 @@ class Printer:
         self._prefixes: dict[str, bytes] = {}
         self._width = 0
 
-    def show(self, file: LogFile, lines: list[bytes], stamped: bool) -> list[bytes]:
-        """See `hpc_gym.jobs.log_merge.Show`."""
-        prefix = self._prefixes.get(file.path) or self._prefix(file)
-        if stamped:
-            return [prefix + line[:_TO_MILLISECONDS] + line[STAMP_LENGTH:] for line in lines]
-        return [
-            prefix + line[:_TO_MILLISECONDS] + line[STAMP_LENGTH:]
-            if line[STAMP_LENGTH - 1 : STAMP_LENGTH + 1] == b"Z "
-            else prefix + line
-            for line in lines
-        ]
+    def round(self, shown: Round) -> Iterator[bytes]:
+        """The lines of a round, with headings where another attempt begins."""
+        attempts_of = np.array([file.attempt for file in shown.files])[shown.whose]
+        cuts = [0, *(np.flatnonzero(np.diff(attempts_of)) + 1).tolist(), len(shown)]
+        for begin, end in pairwise(cuts):
+            yield self.heading(shown.files[shown.whose[begin]])
+            yield self._text(shown[begin:end])
 
-    def round(self, shown: Round) -> bytes:
-        """The lines of a round in time order, as `show` has made them."""
-        if len({file.attempt for file, _ in shown.parts}) > 1:
-            return b"".join(b"%s%s\n" % (self.heading(file), line) for file, line in shown.in_order())
-        lines = [line for _, part in shown.parts for line in part]
-        in_order = map(lines.__getitem__, shown.order()) if len(shown.parts) > 1 else lines
-        return b"%s%s\n" % (self.heading(shown.parts[0][0]), b"\n".join(in_order))
+    def line(self, file: LogFile, line: bytes) -> bytes:
+        """One line as it stands in its file, as it is shown."""
+        if has_stamp(line):
+            line = line[:_TO_MILLISECONDS] + line[STAMP_LENGTH:]
+        return self._prefix(file) + line
+
+    def _text(self, shown: Round) -> bytes:
+        """The lines: of each its prefix, its time down to milliseconds, and what comes after the time."""
+        lines, prefixes = shown.lines, [self._prefix(file) for file in shown.files]
+        lengths = np.array([len(prefix) for prefix in prefixes])
+        offsets = len(lines.text) + np.cumsum(lengths) - lengths
+        after_time = lines.starts + np.where(lines.stamped, STAMP_LENGTH, 0)
+        starts = np.stack((offsets[shown.whose], lines.starts, after_time), axis=1)
+        sizes = (lengths[shown.whose], np.where(lines.stamped, _TO_MILLISECONDS, 0), lines.ends - after_time)
+        return gathered((lines.text, *prefixes), starts.ravel(), np.stack(sizes, axis=1).ravel())
 
     def heading(self, file: LogFile) -> bytes:
         """What stands before the next lines where they are of another attempt than those before."""
@@ -70,12 +78,13 @@ class Printer:
             self._width = max(self._width, len(_name(file)))
 
     def _prefix(self, file: LogFile) -> bytes:
-        self.expect([file])
-        padded = f"{_name(file):<{self._width}} ".encode()
-        if self._color:
-            padded = b"\x1b[%dm%s\x1b[0m" % (_COLOURS.get(file.role, 37), padded)
-        self._prefixes[file.path] = padded
-        return padded
+        if (prefix := self._prefixes.get(file.path)) is None:
+            self.expect([file])
+            prefix = f"{_name(file):<{self._width}} ".encode()
+            if self._color:
+                prefix = b"\x1b[%dm%s\x1b[0m" % (_COLOURS.get(file.role, 37), prefix)
+            self._prefixes[file.path] = prefix
+        return prefix
 
 
 def _name(file: LogFile) -> str:
@@ -94,11 +103,11 @@ def logs(
     printer = Printer(color, lambda attempt: Outcome.read(run_dir / "attempts" / str(attempt)))
     printer.expect(log_files(run_dir, selection))
     if ended is None:
-        rounds = merge(log_files(run_dir, selection), printer.show)
+        rounds = merge(log_files(run_dir, selection))
     else:
-        rounds = follow(lambda: log_files(run_dir, selection), ended, printer.show)
+        rounds = follow(lambda: log_files(run_dir, selection), ended)
     for each in rounds:
-        yield printer.round(each)
+        yield from printer.round(each)
     yield from _end(run_dir)
 
 
@@ -126,7 +135,7 @@ def _errors_of(run_dir: Path, selection: Selection, printer: Printer) -> Iterato
     others = [file for file in files if file not in first]
 
     def shown(block: Block) -> bytes:
-        lines = printer.show(block.file, block.lines, False)
+        lines = [printer.line(block.file, line) for line in block.lines]
         return printer.heading(block.file) + b"\n".join(lines) + b"\n\n"
 
     heading = f"== attempt {attempt}, first cause ==\n"

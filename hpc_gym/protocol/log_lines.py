@@ -42,9 +42,14 @@ def stamp(seconds: float) -> bytes:
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S.%fZ} ".encode()
 
 
+def has_stamp(line: bytes) -> bool:
+    """Whether a line begins with what looks like a stamp."""
+    return line[STAMP_LENGTH - 1 : STAMP_LENGTH + 1] == b"Z "
+
+
 def parse_line(line: bytes) -> tuple[float, bytes]:
     """(seconds since the epoch, text) of a line without its line end; (0.0, line) where it has no stamp."""
-    if line[STAMP_LENGTH - 1 : STAMP_LENGTH + 1] != b"Z ":
+    if not has_stamp(line):
         return 0.0, line
     try:
         moment = datetime.fromisoformat(line[:STAMP_LENGTH].decode())

@@ -68,7 +68,7 @@ def test_merge_keeps_every_line_in_time_order_whatever_the_chunk(
             end = b"" if torn or not lines else b"\n"
             path.write_bytes(b"\n".join(lines) + end)
             logs_of.append(LogFile(str(path), 1, "train", "train-0", f"rank-{number}"))
-        merged = [each for lines in log_merge.merge(logs_of) for each in lines.in_order()]
+        merged = [each for lines in log_merge.merge(logs_of) for each in lines]
     key = {(f"rank-{number}", line): (latest, number, index) for latest, number, index, line in wanted}
     assert len(merged) == len(wanted)
     places = [key[file.process, line] for file, line in merged]
@@ -93,6 +93,25 @@ def test_lines_say_role_node_and_process_and_the_end_says_how_the_job_ended(tmp_
     assert [line.split()[-1] for line in lines[:4]] == ["loading", "waiting", "ready", "1"]
     assert lines[4:] == ["-- attempt 2 --", lines[5], "COMPLETED"]
     assert lines[5].endswith("resumed")
+
+
+def test_lines_of_any_length_with_and_without_a_stamp_come_out_whole(tmp_path: Path) -> None:
+    path = write_log(tmp_path, 1, "train", "train-0", "rank-0", [(0, "x" * 1000), (2, ""), (4, "last")])
+    path.write_bytes(path.read_bytes().replace(stamp(START + 4), b""))
+    write_log(tmp_path, 1, "train", "train-1", "rank-1", [(1, "y" * 63), (3, "z" * 300_000)])
+    lines = shown(logs(tmp_path))
+    assert [line.removeprefix("train train-") for line in lines] == [
+        f"0 rank-0 {time_of(0)} {'x' * 1000}",
+        f"1 rank-1 {time_of(1)} {'y' * 63}",
+        f"0 rank-0 {time_of(2)} ",
+        "0 rank-0 last",
+        f"1 rank-1 {time_of(3)} {'z' * 300_000}",
+    ]
+
+
+def time_of(second: float) -> str:
+    """The time as it is shown: to milliseconds."""
+    return stamp(START + second)[:23].decode()
 
 
 @pytest.mark.parametrize(
