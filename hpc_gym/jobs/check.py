@@ -157,7 +157,9 @@ def _judge_outside(url: str, model: str, key: str) -> Finding:
     except KeyRefused:
         return Finding("judge", "failed", f"{url} refuses the key: set judge.api_key_env to the variable that holds it")
     if listed is None:
-        told = f"{url} answers, but lists no models as an OpenAI-compatible server would: is judge.url its API, up to /v1?"
+        told = (
+            f"{url} answers, but lists no models as an OpenAI-compatible server would: is judge.url its API, up to /v1?"
+        )
         return Finding("judge", "warning", told)
     if model not in listed:
         names = ", ".join(listed[:5]) or "none"
