@@ -11,7 +11,9 @@ import json
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 WANDB_CLOSE_S = 20.0
 WANDB_CLOSE_FAILED_S = 3.0
+WANDB_WRITES_EVERY_S = 60.0
+"""Its service writes every 15 s; it loses no more than this when it dies."""
+WANDB_RESTARTS = 3
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
@@ -80,14 +85,26 @@ class Recorder:
 
 
 class WandbRun:
-    """The run at Weights & Biases. All attempts of a run share its id, so that they continue one curve."""
+    """The run at Weights & Biases. All attempts of a run share its id, so that they continue one curve.
+
+    Training does not end because W&B's service does, a process of its own (`wandb-core`): it is started again, and gets
+    what the one before had not yet written.
+    """
 
     def __init__(self, plan: Plan, attempt: int) -> None:
+        self._plan = plan
+        self._attempt = attempt
+        self._restarts = 0
+        self._unwritten: deque[tuple[float, dict[str, float]]] = deque()
+        self._run: Any = self._begin()
+
+    def _begin(self) -> Any:
         import wandb
 
+        plan = self._plan
         settings = dict(plan.training.wandb or {})
         online = settings.get("mode", "offline") == "online"
-        self._run = wandb.init(
+        run = wandb.init(
             project=settings.get("project"),
             entity=settings.get("entity"),
             name=settings.get("name") or plan.name,
@@ -103,17 +120,63 @@ class WandbRun:
                 silent=True, console="off", x_disable_stats=True, save_code=False, disable_git=True
             ),
         )
-        self._run.define_metric("*", step_metric="step")
-        self._attempt = attempt
+        run.define_metric("*", step_metric="step")
+        return run
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         # With a metric of our own as step: W&B drops what it gets for a step of its counter that has passed, and after
         # a resume, steps come again.
-        self._run.log({"step": step, "attempt": self._attempt, **metrics})
+        record = {"step": step, "attempt": self._attempt, **metrics}
+        self._unwritten.append((time.time(), record))
+        while self._unwritten[0][0] < time.time() - WANDB_WRITES_EVERY_S:
+            self._unwritten.popleft()
+        if self._run is None:
+            return
+        try:
+            self._run.log(record)
+        except Exception as error:
+            self._begin_again(error)
+
+    def _begin_again(self, error: Exception) -> None:
+        """After a broken connection wandb 0.31 raises the same error for ever, unless all of it is set up anew."""
+        import wandb
+
+        written, self._run = self._written(), None
+        self._restarts += 1
+        if self._restarts <= WANDB_RESTARTS:
+            print(f"W&B's service (wandb-core) is gone ({error!r}): starting it again", flush=True)
+            try:
+                with suppress(Exception):
+                    wandb.teardown()
+                self._run = self._begin()
+                lost = [record for moment, record in self._unwritten if moment > written]
+                self._unwritten = deque((time.time(), record) for record in lost)
+                for record in lost:
+                    self._run.log(record)
+                return
+            except Exception as again:
+                self._run, error = None, again
+        print(f"W&B is given up ({error!r}): from here on the metrics are in {METRICS} only", flush=True)
+
+    def _written(self) -> float:
+        """The moment up to which its service has written what it got."""
+        try:
+            return Path(self._run.settings.sync_file).stat().st_mtime
+        except OSError:
+            return 0.0
 
     def close(self, exit_code: int) -> None:
         """Ends the run; gives up after a while, since a network that is gone must not keep the job's nodes."""
-        closing = threading.Thread(target=self._run.finish, args=(exit_code,), daemon=True)
+
+        def finish() -> None:
+            try:
+                self._run.finish(exit_code)
+            except Exception as error:
+                print(f"W&B's run could not be ended: {error!r}", flush=True)
+
+        if self._run is None:
+            return
+        closing = threading.Thread(target=finish, daemon=True)
         closing.start()
         closing.join(WANDB_CLOSE_S if exit_code == 0 else WANDB_CLOSE_FAILED_S)
 
