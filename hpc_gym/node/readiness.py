@@ -31,10 +31,10 @@ class Answer:
     servers: Mapping[int, str] = field(default_factory=dict)
 
 
-async def ask_http(path: Path, url_path: str) -> Answer:
+async def ask_http(path: Path, url_path: str, within_s: float = ANSWER_WITHIN_S) -> Answer:
     """Whether `GET url_path` on the Unix socket at `path` answers with 200."""
     try:
-        status, _ = await _get(lambda: asyncio.open_unix_connection(str(path)), "localhost", url_path)
+        status, _ = await _get(lambda: asyncio.open_unix_connection(str(path)), "localhost", url_path, within_s)
     except FileNotFoundError:
         return Answer(False, "it does not listen yet")
     except ConnectionRefusedError:
@@ -115,11 +115,13 @@ async def _get_tcp(port: int, path: str, host: str = "127.0.0.1") -> tuple[int, 
     return await _get(lambda: asyncio.open_connection(host, port), f"{host}:{port}", path)
 
 
-async def _get(connect: Callable[[], object], host: str, path: str) -> tuple[int, bytes]:
+async def _get(
+    connect: Callable[[], object], host: str, path: str, within_s: float = ANSWER_WITHIN_S
+) -> tuple[int, bytes]:
     """(status, body) of a GET, over a connection of its own. A few lines, so that a supervisor starts without an HTTP
     library.
     """
-    async with asyncio.timeout(ANSWER_WITHIN_S):
+    async with asyncio.timeout(within_s):
         reader, writer = await connect()  # type: ignore[misc]
         try:
             writer.write(f"GET {path} HTTP/1.0\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())

@@ -10,7 +10,7 @@ from pathlib import Path
 from hpc_gym.node import tree
 from hpc_gym.node.causes import cause_from_log
 from hpc_gym.node.notifications import Notifications
-from hpc_gym.node.readiness import Answer, ask_gym, ask_http, refuses, watchdog_overdue
+from hpc_gym.node.readiness import ANSWER_WITHIN_S, Answer, ask_gym, ask_http, refuses, watchdog_overdue
 from hpc_gym.plan.plan import Process
 
 _PROBE_EVERY_S = 0.25
@@ -101,9 +101,16 @@ class Watch:
         if self._ready_at and not self._spec.alive_within_s:
             return Answer(True, servers=self._servers)
         if isinstance(self._target, Path):
-            return await ask_http(self._target, probe.path or "/health")
+            return await ask_http(self._target, probe.path or "/health", self._patience())
         assert self._target is not None
         return await ask_gym(self._target, self._members)
+
+    def _patience(self) -> float:
+        """Seconds that an answer may take. vLLM's engine answers between two of its steps, which may be long."""
+        limit = self._spec.alive_within_s
+        if not self._ready_at or not limit:
+            return ANSWER_WITHIN_S
+        return max(ANSWER_WITHIN_S, min(limit / 3, self._last_alive + limit - time.monotonic()))
 
     def _judge(self, answer: Answer) -> str:
         """Takes an answer in; why the process is hung, "" while it is not."""
@@ -132,7 +139,8 @@ class Watch:
             return ""
         if self._spec.ready is None or self._spec.ready.kind == "notify":
             return watchdog_overdue(self._said.said, since, limit)
-        silent = time.monotonic() - self._last_alive
+        # While it takes in weights vLLM's engine answers nobody, but says that it goes on.
+        silent = time.monotonic() - max(self._last_alive, self._said.said.last_watchdog)
         return (
             f"hung: no good answer for {silent:.0f} s (allowed: {limit:g} s): {answer.text}" if silent > limit else ""
         )

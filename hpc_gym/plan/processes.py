@@ -161,7 +161,8 @@ def _vllm(experiment: Experiment, names: Names, replica: int, model: str, group:
         env=role_env(experiment, "rollout", env),
         ports=(master(group),) if several and part == 0 else (),
         together=f"vllm-{group}" if several else "",
-        ready=Probe(kind="http", target=socket, path="/health"),
+        # Asked of its engine: `/health` is content as long as the engine's process lives, however it hangs.
+        ready=Probe(kind="http", target=socket, path="/is_sleeping"),
         ready_within_s=experiment.supervision.vllm_ready_s,
         alive_within_s=experiment.supervision.alive_s,
         restarts=experiment.supervision.restarts,

@@ -42,6 +42,8 @@ class Replica:
         self.updating = False
         self.weight_version = UNKNOWN_WEIGHTS
         self.world_size = 0
+        self._mute = ""
+        """The incarnation whose engine does not answer."""
 
     @property
     def name(self) -> str:
@@ -69,8 +71,11 @@ class Replica:
             label = await self.vllm.weight_label(ASK_S)
             self.world_size = await self.vllm.world_size(ASK_S)
         except (VllmError, VllmUnreachable, msgspec.MsgspecError) as error:
-            log.warning("%s is there, but does not say which weights it has: %s", self.name, error)
+            if self._mute != bound:
+                log.warning("%s is there, but does not say which weights it has: %s", self.name, error)
+            self._mute = bound
             return
+        self._mute = ""
         self.weight_version, self.incarnation, self.up = version_of(label), bound, True
         log.info("%s is ready with weights %s (incarnation %s)", self.name, label, bound)
 

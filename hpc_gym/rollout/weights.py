@@ -106,6 +106,9 @@ class Weights:
         try:
             await replica.vllm.request("POST", path, msgspec.json.encode(fields), TRANSFER_S if slow else STEP_S)
         except (VllmError, VllmUnreachable) as error:
+            if isinstance(error.__cause__, TimeoutError):
+                # Its engine hangs, of which `/health` says nothing: whoever waits for it waits for its restart.
+                replica.up = False
             raise WeightsFailed(f"{replica.name} failed at {path.partition('?')[0]}: {error}") from error
 
 

@@ -24,6 +24,8 @@ from hpc_gym.protocol.secrets import read_secrets
 from hpc_gym.training.stopping import StopRequested, StopSignal
 
 EXPORT = "model"
+_RESTART_S = 120.0
+"""Until a rollout server that was started again answers."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +58,7 @@ def _run(plan: Plan, stop: StopSignal) -> int:
         sys.modules[name] = None  # type: ignore[assignment]
     from hpc_gym.training.run import TrainingRun
 
-    with connect() as client:
+    with connect(plan) as client:
         run = TrainingRun(plan, client, stop, int(os.environ["HPC_GYM_ATTEMPT"]))
         code = 1
         try:
@@ -82,12 +84,15 @@ def _report(error: BaseException) -> int:
     return 1
 
 
-def connect() -> RolloutClient:
+def connect(plan: Plan) -> RolloutClient:
     """The client of the job's rollout servers. The secret variables of the attempt enter this process's environment."""
     secrets = read_secrets(os.environ["HPC_GYM_SECRETS"])
     for name, value in secrets.env.items():
         os.environ.setdefault(name, value)
-    return RolloutClient(os.environ["HPC_GYM_ROLLOUT_SERVERS"].split(","), secrets.token)
+    # The supervisors come first: they start a server that hangs again.
+    alive_s = max(process.alive_within_s for node in plan.nodes for process in node.processes if process.listen)
+    endpoints = os.environ["HPC_GYM_ROLLOUT_SERVERS"].split(",")
+    return RolloutClient(endpoints, secrets.token, gone_after_s=alive_s + _RESTART_S)
 
 
 def leave(code: int) -> Any:

@@ -21,6 +21,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
+from hpc_gym.protocol.notify import notify
 from hpc_gym.weights.wire import TensorSpec, TransferGroup, Transport, bucket_nbytes, buckets, join_group, unpack
 
 BACKEND = "hpc_gym"
@@ -98,6 +99,8 @@ class Engine(WeightTransferEngine[InitInfo, UpdateInfo]):
         for named in source:
             self.model.load_weights(iter(named))
             count += len(named)
+            # Nobody gets an answer of the engine meanwhile.
+            notify(WATCHDOG=1)
         logger.info("hpc_gym: loaded %d tensors", count)
 
     def finish_weight_update(self) -> None:

@@ -89,7 +89,7 @@ def main(run_dir: str, mode: str, records: str = "") -> int:
         record_steps(Path(records), rank)
     if kind == "vllm-skip":
         leave_out_one_push()
-    grpo.connect = lambda: client
+    grpo.connect = lambda plan: client
     return grpo.main(["--run-dir", run_dir])
 
 
