@@ -57,7 +57,8 @@ def write_rows(written: str) -> None:
 def make_model(folder: Path) -> Path:
     """A folder that looks like a model from outside."""
     folder.mkdir(parents=True)
-    for name, text in (("config.json", '{"model_type": "qwen3"}'), ("tokenizer.json", "{}"), ("model.safetensors", "")):
+    files = {"config.json": '{"model_type": "qwen3"}', "tokenizer.json": "{}", "model.safetensors": ""}
+    for name, text in {**files, "chat_template.jinja": "{{ messages }}"}.items():
         (folder / name).write_text(text)
     return folder
 

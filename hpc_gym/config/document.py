@@ -45,7 +45,8 @@ def read_document(file: Path) -> Document:
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{display(file)}: not a text file in UTF-8 ({error.reason} at byte {error.start}).") from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{display(file)}:{line}: not a text file in UTF-8: save it as one.") from None
     except OSError as error:
         raise UserError(f"{display(file)}: cannot be read: {error.strerror}.") from None
     loader = _Loader(text)
@@ -77,6 +78,9 @@ def parse_value(text: str) -> Any:
 
 
 def _build(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], loader: Any, file: Path) -> Any:
+    if not node.tag.startswith("tag:yaml.org,2002:") or ":python" in node.tag:
+        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+        raise UserError(f"{display(file)}:{_line(node)}: the tag {tag} means nothing here: write plain values.")
     if isinstance(node, yaml.MappingNode):
         _refuse_repeated_keys(node, file)
         loader.flatten_mapping(node)  # `<<: *anchor`; what the section says itself comes last and wins
@@ -131,7 +135,9 @@ def _line(node: yaml.Node) -> int:
 def _syntax_error(file: Path, text: str, error: yaml.YAMLError) -> UserError:
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    where = f"{display(file)}:{mark.line + 1}" if mark else display(file)
+    position = getattr(error, "position", None)  # of a character that no YAML may hold
+    number = mark.line + 1 if mark else text.count("\n", 0, position) + 1 if position is not None else 0
+    where = f"{display(file)}:{number}" if number else display(file)
     lines = text.splitlines()
     if mark and mark.line < len(lines) and lines[mark.line][mark.column :].startswith("\t"):
         problem = "a tab stands here, and YAML indents with blanks only"

@@ -78,8 +78,8 @@ def _not_found(name: str, folders: list[Path], file: Path | None = None) -> str:
     looked = ", ".join(display(root).removesuffix("/.") for root in folders)
     folder, _, last = name.rpartition("/")
     known = _names(folders, f"{folder}/*" if folder else "*", file)
-    elsewhere = [] if folder else _names(folders, "*/*", file)
-    close = [each for each in elsewhere if each.rpartition("/")[2] == last]
+    elsewhere = [] if folder and known else _names(folders, "*/*", file)
+    close = [each for each in elsewhere if each.rpartition("/")[2] == last] if not folder else []
     close = close or difflib.get_close_matches(name, [*known, *elsewhere], n=3, cutoff=0.5)
     if close:
         return f"not found in {looked}; did you mean {' or '.join(repr(match) for match in close)}?"

@@ -73,7 +73,8 @@ class Provenance:
 
 def display(file: Path) -> str:
     """The file as a reader finds it: relative to the working directory, or to where hpc-gym's own configs are."""
-    if file.is_relative_to(Path.cwd()):
-        return str(file.relative_to(Path.cwd()))
     own = shipped("configs").resolve()
-    return f"hpc-gym's configs/{file.relative_to(own)}" if file.is_relative_to(own) else str(file)
+    if file.is_relative_to(own) and (own.parent.name == "_shipped" or not file.is_relative_to(Path.cwd())):
+        # Installed, they lie deep in a venv, which may stand in the working directory.
+        return f"hpc-gym's configs/{file.relative_to(own)}"
+    return str(file.relative_to(Path.cwd())) if file.is_relative_to(Path.cwd()) else str(file)

@@ -13,8 +13,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 _Text = Annotated[str, Field(min_length=1)]
-_Count = Annotated[int, Field(ge=0)]
-_Positive = Annotated[int, Field(ge=1)]
+_MANY = 10**9
+"""More than anybody means: what is beyond it was mistyped, and would be counted through before anything fails."""
+_Count = Annotated[int, Field(ge=0, le=_MANY)]
+_Positive = Annotated[int, Field(ge=1, le=_MANY)]
+_MOST_NODES = 10_000
+"""Per role: the largest clusters have about so many."""
+_MOST_PER_NODE = 1024
 _Seconds = Annotated[float, Field(gt=0)]
 _Temperature = Annotated[float, Field(ge=0, le=2)]
 _TopP = Annotated[float, Field(gt=0, le=1)]
@@ -26,7 +31,7 @@ class Section(BaseModel):
     """A part of the experiment: strict types, unknown keys refused, frozen."""
 
     # Built once, as part of Experiment, and not section by section too: that halves the time of this module's import.
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, defer_build=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, defer_build=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -41,11 +46,11 @@ class Model(Section):
 class Nodes(Section):
     """Nodes per role."""
 
-    rollout: _Positive
-    train: _Positive
-    judge: _Count = 0
+    rollout: Annotated[int, Field(ge=1, le=_MOST_NODES)]
+    train: Annotated[int, Field(ge=1, le=_MOST_NODES)]
+    judge: Annotated[int, Field(ge=0, le=_MOST_NODES)] = 0
     """Where `judge.placement` is nodes."""
-    environment: _Count = 0
+    environment: Annotated[int, Field(ge=0, le=_MOST_NODES)] = 0
     """For NeMo Gym alone, without GPUs; 0: it runs on the rollout nodes."""
 
 
@@ -96,7 +101,7 @@ class Rollouts(Section):
     tool_choice: Literal["auto", "required", "none"] | None
     max_concurrent: _Positive
     """Rollouts in flight per rollout node."""
-    replicas: _Positive | None
+    replicas: Annotated[int, Field(ge=1, le=_MOST_PER_NODE)] | None
     """vLLM servers per rollout node; null: as many as its GPUs hold, or one without GPUs."""
 
 
@@ -196,7 +201,7 @@ Directive = str | int | float | bool | None
 class Slurm(Section):
     """sbatch's long options by their own names; those under a role hold for its nodes only. null takes one away."""
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
     __pydantic_extra__: dict[str, Directive]
 
     rollout: dict[str, Directive] = Field(default_factory=dict)
@@ -260,13 +265,14 @@ class Experiment(Section):
     """An experiment: one YAML file with what it inherits."""
 
     name: _Text
-    seed: _Count
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    """numpy takes no larger one."""
     vars: dict[str, Any]
     """Values of your own, for `${vars.NAME}`."""
     model: Model
     nodes: Nodes
-    gpus_per_node: _Count
-    ranks_per_node: _Positive | None
+    gpus_per_node: Annotated[int, Field(ge=0, le=_MOST_PER_NODE)]
+    ranks_per_node: Annotated[int, Field(ge=1, le=_MOST_PER_NODE)] | None
     """Training processes per training node; null: one per GPU, or one without GPUs."""
     environments: Annotated[dict[str, Environment], Field(min_length=1)]
     data: Data
@@ -298,6 +304,8 @@ class Experiment(Section):
                 "must be usable as a folder's name: letters, digits, '.', '_' and '-', at most 100, "
                 "starting with a letter or digit."
             )
+        if name == "latest" or name.isdigit():
+            raise ValueError("would be taken for another run: 'latest' is the newest one, and a number is a job's id.")
         return name
 
     @field_validator("environments")

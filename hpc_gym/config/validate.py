@@ -58,7 +58,14 @@ def _problems(errors: list[ErrorDetails], tree: dict[str, Any]) -> list[Problem]
     for path, group in wrong_kinds.items():
         kinds = list(dict.fromkeys(_KINDS[details["type"]] for details in group))
         allowed = " or ".join([", ".join(kinds[:-1]), kinds[-1]] if kinds[1:] else kinds)
-        found.append(Problem(path, f"must be {allowed}, not {_typed(group[0]['input'])}."))
+        value = group[0]["input"]
+        # YAML reads 123, true and 1e5 as something else than text.
+        quote = (
+            f': write it in quotes, "{value_text(value)}"'
+            if kinds == ["text"] and isinstance(value, int | float)
+            else ""
+        )
+        found.append(Problem(path, f"must be {allowed}, not {_typed(value)}{quote}."))
     return found
 
 

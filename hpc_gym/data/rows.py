@@ -78,6 +78,8 @@ def check_rows(path: str | Path) -> RowsSummary:
                     row = decoder.decode(text)
                 except msgspec.DecodeError as error:
                     raise UserError(_sentence(path, line, text.strip(), error)) from None
+                if problem := _problem(text, row):
+                    raise UserError(f"{path}:{line}: {problem}")
                 rows += 1
                 if row.agent_ref is not None:
                     agents[row.agent_ref.name] += 1
@@ -104,6 +106,22 @@ class _Row(msgspec.Struct):
     agent_ref: _AgentRef | None = None
 
 
+def _problem(text: bytes, row: _Row) -> str:
+    """What keeps a row from being one although it is JSON: the rest of it is read by others, later."""
+    # The first byte tells a value of JSON's kind.
+    messages = bytes(row.responses_create_params.input).lstrip()
+    if not messages.startswith((b'"', b"[")):
+        told = messages[:40].decode(errors="replace")
+        return f"'responses_create_params.input' must be a list of messages or text, not {told}"
+    if messages.startswith(b"[") and messages[1:].lstrip().startswith(b"]"):
+        return "'responses_create_params.input' is an empty list: a rollout starts with at least one message"
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return "not UTF-8: save the file as UTF-8"
+    return ""
+
+
 def _sentence(path: str | Path, line: int, text: bytes, error: msgspec.DecodeError) -> str:
     where = f"{path}:{line}"
     if not isinstance(error, msgspec.ValidationError):
@@ -116,6 +134,10 @@ def _sentence(path: str | Path, line: int, text: bytes, error: msgspec.DecodeErr
         )
     if "missing required field `input`" in message:
         return f"{where}: the row's 'responses_create_params' lacks 'input', the messages that the rollout starts with"
+    if "$.agent_ref" in message:
+        return (
+            f'{where}: the row\'s \'agent_ref\' must be {{"type": "responses_api_agents", "name": AGENT}}, or not there'
+        )
     if not text.lstrip().startswith(b"{"):
         return f"{where}: a row must be a JSON object, not {text[:40].decode(errors='replace')!r}"
     return f"{where}: {message}"

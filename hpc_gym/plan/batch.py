@@ -23,6 +23,7 @@ _SIZES = (
     ("ranks_per_node",),
 )
 """Keys that the size of a batch follows from."""
+_MOST = 10**9
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,9 @@ def _wrong_counts(grpo: Mapping[str, Any]) -> list[Problem]:
         ("steps_per_generation", 1),
     ):
         value = grpo.get(name)
+        if isinstance(value, int) and value > _MOST:
+            problems.append(Problem(("grpo", name), f"{value} is more than anybody means: at most {_MOST:,}."))
+            continue
         if value is None and (name not in grpo or name in ("generation_batch_size", "steps_per_generation")):
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -34,6 +35,7 @@ def role_problems(experiment: Experiment) -> list[Problem]:
         *_gpus(experiment),
         *_lengths(experiment),
         *_sampling(experiment),
+        *_numbers(experiment),
         *_evaluation(experiment),
         *_weights(experiment),
         *_containers(experiment),
@@ -99,6 +101,25 @@ def default_hub_cache() -> Path:
     home = os.environ.get("HF_HOME")
     return Path(
         os.environ.get("HF_HUB_CACHE") or (Path(home) if home else Path.home() / ".cache" / "huggingface") / "hub"
+    )
+
+
+def refuse_without_chat_template(model: str, vllm: Mapping[str, object], section: str) -> None:
+    """Raises UserError when a model's folder has no chat template (as many base models have none) and the options of
+    its vLLM, in `section` of the experiment, name none: every chat would be refused once the job runs.
+    """
+    folder = Path(model)
+    # Mistral's own tokenizers (tekken.json, tokenizer.model.v3) render chats without one.
+    own_way = [*folder.glob("chat_template*"), *folder.glob("tekken.json"), *folder.glob("tokenizer.model.v*")]
+    if not folder.is_absolute() or own_way or vllm.get("chat_template") or vllm.get("tokenizer_mode"):
+        return
+    with contextlib.suppress(OSError, ValueError):
+        config = json.loads((folder / "tokenizer_config.json").read_bytes())
+        if isinstance(config, dict) and config.get("chat_template"):
+            return
+    raise UserError(
+        f"the model {folder} has no chat template (chat_template.jinja, or 'chat_template' in tokenizer_config.json), "
+        f"and rollouts are chats: take an instruct model, add the file, or name one in {section}.chat_template."
     )
 
 
@@ -208,6 +229,22 @@ def _sampling(experiment: Experiment) -> Iterable[Problem]:
             ("grpo", "multi_objective_aggregation"),
             "'normalize_then_sum' would normalize each environment's reward by itself and count a failed rollout in; "
             "allowed: 'sum_then_normalize'.",
+        )
+
+
+def _numbers(experiment: Experiment) -> Iterable[Problem]:
+    """What the programs would refuse, or do nonsense with, only once the job runs."""
+    for name in ("learning_rate", "weight_decay", "beta", "max_grad_norm", "warmup_steps"):
+        value = experiment.grpo.get(name)
+        if isinstance(value, int | float) and value < 0:
+            yield Problem(("grpo", name), f"must not be negative, and is {value}.")
+    beat, silent = experiment.supervision.heartbeat_s, experiment.supervision.node_silent_s
+    if 2 * beat > silent:
+        yield Problem(
+            ("supervision", "heartbeat_s"),
+            f"a node that is heard of every {beat:g} s would count as lost after {silent:g} s of silence "
+            f"(supervision.node_silent_s) when one heartbeat is late: at most {silent / 2:g}.",
+            (("supervision", "node_silent_s"),),
         )
 
 

@@ -13,7 +13,7 @@ from hpc_gym.config.schema import Experiment, Rows, WeightedRows
 from hpc_gym.data.rows import check_rows
 from hpc_gym.errors import UserError
 from hpc_gym.plan.batch import Batch
-from hpc_gym.plan.checks import default_hub_cache, model_source, refuse_absent_hub_model
+from hpc_gym.plan.checks import default_hub_cache, model_source, refuse_absent_hub_model, refuse_without_chat_template
 from hpc_gym.plan.nemo_gym import JUDGE, Gym, Served, clashes, data_file, serve
 from hpc_gym.plan.plan import DataSource, Runtime
 from hpc_gym.plan.processes import BASE, Names
@@ -77,17 +77,20 @@ class Findings:
     def judge(self) -> str | None:
         """The judge's model; None where there is none to serve."""
         judge = self.experiment.judge
-        return self._model(("judge", "model"), judge.model) if judge is not None and judge.model is not None else None
+        if judge is None or judge.model is None:
+            return None
+        return self._model(("judge", "model"), judge.model, judge.vllm)
 
     def model(self) -> str:
-        return self._model(("model", "path"), self.experiment.model.path)
+        return self._model(("model", "path"), self.experiment.model.path, self.experiment.vllm)
 
-    def _model(self, key: tuple[str, str], written: str) -> str:
+    def _model(self, key: tuple[str, str], written: str, vllm: Mapping[str, object]) -> str:
         try:
             model = model_source(written, self.composed.folder_of(key))
             if self.experiment.cluster.kind == "local":
                 # The job runs where this does, so what the cache lacks now it will lack then.
                 refuse_absent_hub_model(model, default_hub_cache(), ".".join(key))
+            refuse_without_chat_template(model, vllm, "judge.vllm" if key[0] == "judge" else "vllm")
         except UserError as error:
             self.problems.append(Problem(key, str(error)))
             return ""

@@ -5,6 +5,7 @@ The tables come from `hpc_gym.runtimes.options`; nothing here imports torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -84,6 +85,10 @@ def _wrong_value(section: Section, option: Option, value: Any) -> str:
     if option.choices and value is not None and not isinstance(value, list | dict) and value not in option.choices:
         allowed = ", ".join(value_text(choice) for choice in option.choices)
         return f"{value_text(value)} is not allowed; allowed: {allowed}."
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"must be a finite number, not {value_text(value)}."
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return f"{value_text(value)} is too large for a 64-bit number."
     kinds = [kind for kind in option.type.split("|") if kind]
     if not kinds or any(_is(kind, value) for kind in kinds):
         return ""

@@ -243,6 +243,10 @@ def test_relative_files_belong_to_the_yaml_that_names_them(folder: Path) -> None
         ("seed: 1\nvars: &v {a: [*v]}\n", "bad.yaml:2: the section's anchor (&) is used (*) inside the section itself"),
         ("vars:\n\ta: 1\n", "bad.yaml:2: not YAML: a tab stands here, and YAML indents with blanks only"),
         ("seed: 1\n---\nseed: 2\n", "bad.yaml:2: not YAML: a second document begins here ('---')"),
+        ("seed: 1\nvars: !mine {a: 1}\n", "bad.yaml:2: the tag !mine means nothing here: write plain values."),
+        ("vars:\n  a: !!python/name:os.system\n", "bad.yaml:2: the tag !!python/name:os.system means nothing here"),
+        ("extends: [modles/demo]\n", "bad.yaml:1: extends: 'modles/demo': not found in .,"),
+        ("extends: [modles/demo]\n", "did you mean 'models/demo'"),
         ("seed: 1\nvars: {a: '${b'}\n", "bad.yaml:2: vars.a: '${b' is no interpolation: write ${KEY}"),
     ],
 )
@@ -252,8 +256,10 @@ def test_what_is_no_experiment_file_is_refused_with_its_line(folder: Path, text:
 
 
 def test_a_file_that_is_no_text_is_refused(folder: Path) -> None:
-    (folder / "bad.yaml").write_bytes(b"name: \xff\xfe")
-    assert refused("bad.yaml").startswith("bad.yaml: not a text file in UTF-8")
+    (folder / "bad.yaml").write_bytes(b"seed: 1\nname: \xff\xfe")
+    assert refused("bad.yaml") == "bad.yaml:2: not a text file in UTF-8: save it as one."
+    (folder / "bad.yaml").write_bytes(b"seed: 1\nname: a\0b")
+    assert refused("bad.yaml").startswith("bad.yaml:2: not YAML: unacceptable character #x0000")
 
 
 def test_numbers_are_read_as_people_write_them(folder: Path) -> None:

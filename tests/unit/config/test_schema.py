@@ -78,6 +78,17 @@ def test_unknown_keys_are_refused_with_the_nearest_valid_one(folder: Path, text:
         ("nodes: {train: 1.5}\n", "top.yaml:2: nodes.train: must be a whole number, not 1.5."),
         ("nodes: {train: true}\n", "top.yaml:2: nodes.train: must be a whole number, not true."),
         ("nodes: {train: 0}\n", "top.yaml:2: nodes.train: 0 is not allowed; it must be greater than or equal to 1."),
+        (
+            "nodes: {train: 100000000}\n",
+            "top.yaml:2: nodes.train: 100000000 is not allowed; it must be less than or equal to 10000.",
+        ),
+        (
+            "seed: 99999999999999999999\n",
+            "top.yaml:2: seed: 99999999999999999999 is not allowed; it must be less than 4294967296.",
+        ),
+        ("rollouts: {temperature: .nan}\n", "top.yaml:2: rollouts.temperature: must be a finite number, not nan."),
+        ("supervision: {alive_s: .inf}\n", "top.yaml:2: supervision.alive_s: must be a finite number, not inf."),
+        ("on_policy_tolerance: -.inf\n", "top.yaml:2: on_policy_tolerance: must be a finite number, not -inf."),
         ("nodes: 3\n", "top.yaml:2: nodes: must be a section of `key: value` pairs, not 3."),
         ("rollouts: {temperature: hot}\n", "top.yaml:2: rollouts.temperature: must be a number, not the text 'hot'."),
         (
@@ -92,7 +103,7 @@ def test_unknown_keys_are_refused_with_the_nearest_valid_one(folder: Path, text:
             "cluster: {setup: module load x}\n",
             "top.yaml:2: cluster.setup: must be a list, not the text 'module load x'.",
         ),
-        ("model: {path: 5}\n", "top.yaml:2: model.path: must be text, not 5."),
+        ("model: {path: 5}\n", 'top.yaml:2: model.path: must be text, not 5: write it in quotes, "5".'),
         (
             "data: {train: []}\n",
             "top.yaml:2: data.train: must not be empty: list at least one {environment: NAME, path: FILE.jsonl}.",
@@ -102,12 +113,22 @@ def test_unknown_keys_are_refused_with_the_nearest_valid_one(folder: Path, text:
             "tracking: {wandb: {mode: offline}}\n",
             "top.yaml:2: tracking.wandb.project: is missing: it must be set.",
         ),
-        ("cluster: {env: {A: 1}}\n", "top.yaml:2: cluster.env.A: must be text, not 1."),
+        ("cluster: {env: {A: 1}}\n", 'top.yaml:2: cluster.env.A: must be text, not 1: write it in quotes, "1".'),
         (
             "name: a/b\n",
             "top.yaml:2: name: 'a/b': must be usable as a folder's name: letters, digits, '.', '_' and '-', at most "
             "100, "
             "starting with a letter or digit.",
+        ),
+        (
+            "name: latest\n",
+            "top.yaml:2: name: 'latest': would be taken for another run: 'latest' is the newest one, and a number is a "
+            "job's id.",
+        ),
+        (
+            "name: '4711'\n",
+            "top.yaml:2: name: '4711': would be taken for another run: 'latest' is the newest one, and a number is a "
+            "job's id.",
         ),
     ],
 )

@@ -66,6 +66,18 @@ def test_a_good_file_is_summed_up(tmp_path: Path) -> None:
             '{"responses_create_params": {"tools": []}}',
             "rows.jsonl:1: the row's 'responses_create_params' lacks 'input'",
         ),
+        (
+            GOOD + "\n" + '{"responses_create_params": {"input": 5}}',
+            "rows.jsonl:2: 'responses_create_params.input' must be a list of messages or text, not 5",
+        ),
+        (
+            '{"responses_create_params": {"input": [ ]}}',
+            "rows.jsonl:1: 'responses_create_params.input' is an empty list: a rollout starts with at least one",
+        ),
+        (
+            '{"responses_create_params": {"input": "x"}, "agent_ref": "me"}',
+            """rows.jsonl:1: the row's 'agent_ref' must be {"type": "responses_api_agents", "name": AGENT}, or""",
+        ),
         ('["a"]\n', "rows.jsonl:1: a row must be a JSON object, not '[\"a\"]'"),
         (
             '{"responses_create_params": 5}',
@@ -78,6 +90,12 @@ def test_a_bad_file_is_refused_with_its_line(tmp_path: Path, text: str, says: st
     path = tmp_path / "rows.jsonl"
     path.write_text(text)
     assert says in refused(path)
+
+
+def test_a_row_in_another_encoding_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(f"{GOOD}\n".encode() + b'{"responses_create_params": {"input": "caf\xe9"}}\n')
+    assert refused(path) == f"{path}:2: not UTF-8: save the file as UTF-8"
 
 
 def test_line_seventeen_is_named(tmp_path: Path) -> None:

@@ -29,6 +29,22 @@ CUDA = "runtimes: {device: cuda, inference: inference-cpu, train: train-cpu}\n"
             ["grpo.num_generations=1"],
             "grpo.num_generations: must be a whole number of at least 2, not 1: a group's baseline",
         ),
+        (
+            ["grpo.max_steps=99999999999"],
+            "grpo.max_steps: 99999999999 is more than anybody means: at most 1,000,000,000",
+        ),
+        (["grpo.learning_rate=.nan"], "grpo.learning_rate: must be a finite number, not nan."),
+        (
+            ["deepspeed.zero_optimization.reduce_bucket_size=.inf"],
+            "must be a finite number, not inf",
+        ),
+        (["vllm.max_num_seqs=99999999999999999999"], "vllm.max_num_seqs: 99999999999999999999 is too large for"),
+        (["grpo.learning_rate=-1e-5"], "grpo.learning_rate: must not be negative, and is -1e-05."),
+        (
+            ["supervision.heartbeat_s=100"],
+            "supervision.heartbeat_s: a node that is heard of every 100 s would count as lost after 10 s of silence "
+            "(supervision.node_silent_s) when one heartbeat is late: at most 5.",
+        ),
         (["grpo.max_steps=0"], "grpo.max_steps: must be a whole number of at least 1, not 0."),
         (
             ["grpo.generation_batch_size=13"],
@@ -168,6 +184,15 @@ def test_a_missing_rows_file_is_named_in_full(project: Project) -> None:
 def test_all_problems_come_at_once(project: Project) -> None:
     message = project.refused("grpo.num_generations=5", "data.train.0.path=no.jsonl", "model.path=./nothing")
     assert message.startswith("3 problems:\n")
+
+
+def test_a_model_without_a_chat_template_is_refused(project: Project) -> None:
+    (project.folder / "model" / "chat_template.jinja").unlink()
+    message = project.refused()
+    assert "model.path: the model" in message and "has no chat template (chat_template.jinja, or" in message
+    assert project.plan("vllm.chat_template=mine.jinja")
+    (project.folder / "model" / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    assert project.plan()
 
 
 def test_environments_that_define_one_server_differently_are_refused(project: Project) -> None:
