@@ -11,9 +11,9 @@ import aiohttp
 import msgspec
 
 from hpc_gym.protocol.messages import Problem
+from hpc_gym.rollout import connections
 from hpc_gym.rollout.gym import ASK_S, POLL_S, Lost, unless_lost
 from hpc_gym.rollout.outcomes import Failed
-from hpc_gym.rollout.serving import KEEP_ALIVE_S
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class EnvironmentNodes:
         nodes = [_Node(f"environment-{number}", endpoint) for number, endpoint in enumerate(endpoints)]
         first %= len(nodes)
         self._nodes = [*nodes[first:], *nodes[:first]]
-        self._headers = {"Authorization": f"Bearer {token}"}
+        self._token = token
         self._session: aiohttp.ClientSession | None = None
 
     @property
@@ -160,9 +160,8 @@ class EnvironmentNodes:
             await self._session.close()
 
     async def _run(self, node: _Node, agent: str, body: bytes) -> bytes:
-        headers = {"Content-Type": "application/json"}
         try:
-            async with self._http().post(f"{node.base}/run/{quote(agent)}", data=body, headers=headers) as answer:
+            async with self._http().post(f"{node.base}/run/{quote(agent)}", data=body) as answer:
                 text = await answer.read()
         except (aiohttp.ClientError, OSError) as error:
             # Until it has been asked again: the retry must not go where this run was lost, only to be lost once more.
@@ -197,12 +196,7 @@ class EnvironmentNodes:
 
     def _http(self) -> aiohttp.ClientSession:
         if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S - 15),
-                headers=self._headers,
-                cookie_jar=aiohttp.DummyCookieJar(),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
-            )
+            self._session = connections.to_nodes(self._token)
         return self._session
 
 

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import aiohttp
 import msgspec
 
+from hpc_gym.rollout import connections
 from hpc_gym.rollout.outcomes import Failed
-from hpc_gym.rollout.vllm import KEEP_ALIVE_S
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class NemoGym:
         self._urls: dict[str, str] = {}
         self._up: set[str] = set()
         self._lost: Lost | None = None
-        self.session: aiohttp.ClientSession | None = None
+        self._session: aiohttp.ClientSession | None = None
 
     async def run(self, agent: str, body: bytes) -> bytes:
         """See `Gym`."""
@@ -117,8 +117,7 @@ class NemoGym:
 
     async def _run(self, url: str, body: bytes) -> bytes:
         try:
-            headers = {"Content-Type": "application/json"}
-            async with self._http().post(f"{url}/run", data=body, headers=headers) as answer:
+            async with self._http().post(f"{url}/run", data=body) as answer:
                 text = await answer.read()
         except (aiohttp.ClientError, OSError) as error:
             raise Failed(f"agent_unreachable: {error!r}") from error
@@ -128,20 +127,13 @@ class NemoGym:
         return text
 
     def _http(self) -> aiohttp.ClientSession:
-        """The connections to NeMo Gym's servers: without cookies, a session must not leak into another rollout, and
-        without a cap.
-        """
-        if self.session is None:
-            self.session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                timeout=aiohttp.ClientTimeout(total=None),
-            )
-        return self.session
+        if self._session is None:
+            self._session = connections.to_nemo_gym()
+        return self._session
 
     async def close(self) -> None:
-        if self.session is not None:
-            await self.session.close()
+        if self._session is not None:
+            await self._session.close()
 
     @property
     def total(self) -> int:

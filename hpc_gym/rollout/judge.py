@@ -24,8 +24,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from hpc_gym.plan.plan import Judge
+from hpc_gym.rollout import connections
 from hpc_gym.rollout import judge_answers as answers
-from hpc_gym.rollout.serving import GONE, until_gone
+from hpc_gym.rollout.serving import GONE, openai_error, until_gone
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +35,6 @@ POLL_OUTSIDE_S = 5.0
 ASK_S = 5.0
 ASK_OUTSIDE_S = 60.0
 """An answer, not only a sign of life, of a server that others use too."""
-KEEP_ALIVE_S = 3.0
-"""uvicorn, under vLLM, closes idle connections after 5 s: let go of them before that."""
 _TABLE = Path("/proc/net/tcp")
 
 
@@ -194,7 +193,7 @@ class JudgeEndpoint:
         client = request.client
         table = await asyncio.to_thread(_TABLE.read_text)
         if client is None or peer_uid(client.port, server, table) != os.getuid():
-            return _problem(403, "the judge answers the user of this job only")
+            return openai_error(403, "the judge answers the user of this job only", "judge_error")
         return await self._forward(path, request)
 
     async def _forward(self, path: str, request: Request) -> Response:
@@ -234,12 +233,12 @@ class JudgeEndpoint:
                 server.asked -= 1
             server.up = True
             return self._passed_on(server, path, answer.status, answer.content_type, body)
-        return _problem(503, "the judge could not be asked; it may be starting")
+        return openai_error(503, "the judge could not be asked; it may be starting", "judge_error")
 
     def _troubled(self, status: int, text: str) -> Response:
         log.warning("%s", text)
         self.trouble = text
-        return _problem(status, text)
+        return openai_error(status, text, "judge_error")
 
     def _passed_on(self, server: _Server, path: str, status: int, content_type: str, body: bytes) -> Response:
         if refusal := answers.refusal(self._judge, server.name, path, status, body):
@@ -266,28 +265,12 @@ class JudgeEndpoint:
 
     def _make(self) -> Iterable[_Server]:
         if self._judge.url is not None:
-            connector: aiohttp.BaseConnector = aiohttp.TCPConnector(limit=0)
-            # An address outside may only be reached through the site's proxy.
-            session = _session(connector, self._key, trust_env=True)
             name = f"the judge at {urlsplit(self._judge.url).hostname}"
-            yield _Server(name, self._judge.url, "", session, outside=True)
+            yield _Server(name, self._judge.url, "", connections.to_outside(self._key), outside=True)
             return
         for node in self._nodes:
-            connector = aiohttp.TCPConnector(limit=0)
-            base = f"http://{node}/judge"
-            yield _Server(f"the judge at {node}", f"{base}/v1", f"{base}/health", _session(connector, self._token))
+            session = connections.to_nodes(self._token)
+            yield _Server(f"the judge at {node}", f"http://{node}/judge/v1", f"http://{node}/judge/health", session)
         if not self._nodes:
-            connector = aiohttp.UnixConnector(self._socket, limit=0, keepalive_timeout=KEEP_ALIVE_S)
-            yield _Server("the judge", "http://judge/v1", "http://judge/health", _session(connector))
-
-
-def _session(connector: aiohttp.BaseConnector, key: str = "", trust_env: bool = False) -> aiohttp.ClientSession:
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    return aiohttp.ClientSession(
-        connector=connector, headers=headers, cookie_jar=aiohttp.DummyCookieJar(), trust_env=trust_env
-    )
-
-
-def _problem(status: int, text: str) -> Response:
-    error = {"error": {"message": text, "type": "judge_error", "code": status}}
-    return Response(msgspec.json.encode(error), status, media_type="application/json")
+            session = connections.over_socket(self._socket)
+            yield _Server("the judge", "http://judge/v1", "http://judge/health", session)

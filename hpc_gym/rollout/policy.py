@@ -27,6 +27,7 @@ from hpc_gym.rollout.conversation import Conversation, StaleWeights
 from hpc_gym.rollout.memo import Memo
 from hpc_gym.rollout.prompts import Prompts, encode
 from hpc_gym.rollout.replicas import Replica
+from hpc_gym.rollout.serving import as_json, openai_error
 from hpc_gym.rollout.splice import SpliceError
 from hpc_gym.rollout.vllm import Choice, Message, Rendered, VllmError, VllmUnreachable, unconstrained
 
@@ -90,7 +91,7 @@ class PolicyEndpoint:
             task = asyncio.ensure_future(self._turn(conversation, body))
             conversation.tasks.add(task)
             try:
-                return _json(await task)
+                return as_json(await task)
             except asyncio.CancelledError:
                 if not conversation.ended.is_set():
                     raise
@@ -99,7 +100,7 @@ class PolicyEndpoint:
                 conversation.tasks.discard(task)
         except Refused as refused:
             kind = "invalid_request_error" if refused.status < 410 else "rollout_ended"
-            return _json({"error": {"message": str(refused), "type": kind, "code": refused.status}}, refused.status)
+            return openai_error(refused.status, str(refused), kind)
 
     def _find(self, tag: object) -> Conversation:
         if not isinstance(tag, str):
@@ -243,7 +244,7 @@ def models_route(model_name: str) -> Route:
     """`GET /v1/models`."""
 
     async def models(_: Request) -> Response:
-        return _json({"object": "list", "data": [{"id": model_name, "object": "model", "owned_by": "hpc-gym"}]})
+        return as_json({"object": "list", "data": [{"id": model_name, "object": "model", "owned_by": "hpc-gym"}]})
 
     return Route("/v1/models", models, methods=["GET"])
 
@@ -289,7 +290,3 @@ def _failed(conversation: Conversation, status: int, reason: str) -> Refused:
 
 def _left(conversation: Conversation) -> float:
     return max(0.0, conversation.deadline - asyncio.get_running_loop().time())
-
-
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status, media_type="application/json")

@@ -13,8 +13,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from hpc_gym.rollout import connections
 from hpc_gym.rollout.policy import TAG, models_route
-from hpc_gym.rollout.serving import GONE, KEEP_ALIVE_S, until_gone
+from hpc_gym.rollout.serving import GONE, openai_error, until_gone
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class PolicyRelay:
     def __init__(self, servers: Sequence[str], token: str, model_name: str, timeout_s: float) -> None:
         """`timeout_s`: how long the longest rollout may take, and so a turn of it."""
         self._servers = frozenset(servers)
-        self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        self._token = token
         self._model_name = model_name
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=10)
         self._session: aiohttp.ClientSession | None = None
@@ -53,10 +54,10 @@ class PolicyRelay:
         try:
             tag = msgspec.json.decode(data, type=_Tagged).tag
         except msgspec.MsgspecError as error:
-            return _problem(400, f"the request is no chat: {error}")
+            return openai_error(400, f"the request is no chat: {error}")
         server = tag.rpartition("/")[0]
         if server not in self._servers:
-            return _problem(403, f"the request's '{TAG}' is no rollout of this job")
+            return openai_error(403, f"the request's '{TAG}' is no rollout of this job")
         try:
             return await until_gone(request, self._forward(server, data))
         except ClientDisconnect:
@@ -68,21 +69,13 @@ class PolicyRelay:
         """
         url = f"http://{server}/v1/chat/completions"
         try:
-            async with self._client().post(url, data=data, headers=self._headers, timeout=self._timeout) as answer:
+            async with self._client().post(url, data=data, timeout=self._timeout) as answer:
                 return Response(await answer.read(), answer.status, media_type=answer.content_type)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             log.warning("the rollout server at %s could not be asked: %r", server, error)
-            return _problem(424, f"the rollout server of this rollout could not be asked: {type(error).__name__}")
+            return openai_error(424, f"the rollout server of this rollout could not be asked: {type(error).__name__}")
 
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S - 15),
-                cookie_jar=aiohttp.DummyCookieJar(),
-            )
+            self._session = connections.to_nodes(self._token)
         return self._session
-
-
-def _problem(status: int, text: str) -> Response:
-    error = {"error": {"message": text, "type": "invalid_request_error", "code": status}}
-    return Response(msgspec.json.encode(error), status, media_type="application/json")

@@ -24,16 +24,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hpc_gym.protocol import messages
 from hpc_gym.protocol.notify import notify
+from hpc_gym.rollout.connections import SERVERS_KEEP_S
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
 WATCHDOG_S = 2.0
-KEEP_ALIVE_S = 75
-"""Longer than any client keeps an idle connection: it is the client that closes it, so no request is lost on a
-closing one.
-"""
 GONE = Response(status_code=499)
 """For a client that is no longer there to read it."""
 
@@ -96,7 +93,13 @@ def as_json(value: object, status: int = 200) -> Response:
 
 
 def problem(status: int, text: str) -> Response:
+    """An error of hpc-gym's own interfaces."""
     return as_json(messages.Problem(error=text), status)
+
+
+def openai_error(status: int, text: str, kind: str = "invalid_request_error") -> Response:
+    """An error as OpenAI's API tells it, for NeMo Gym's model servers."""
+    return as_json({"error": {"message": text, "type": kind, "code": status}}, status)
 
 
 async def until_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
@@ -140,7 +143,7 @@ def listener(app: ASGIApp) -> uvicorn.Server:
         lifespan="off",
         access_log=False,
         log_config=None,
-        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_keep_alive=SERVERS_KEEP_S,
         timeout_graceful_shutdown=1,
         backlog=4096,
     )

@@ -8,10 +8,9 @@ from typing import Any, TypeVar
 import aiohttp
 import msgspec
 
-Answer = TypeVar("Answer")
+from hpc_gym.rollout import connections
 
-KEEP_ALIVE_S = 3.0
-"""uvicorn, under vLLM as under NeMo Gym, closes idle connections after 5 s: let go of them before that."""
+Answer = TypeVar("Answer")
 
 
 class VllmError(Exception):
@@ -151,11 +150,7 @@ class Vllm:
     async def request(self, method: str, path: str, data: bytes | None, timeout_s: float) -> bytes:
         """The body of the answer, which has status 200."""
         if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.UnixConnector(self.socket_path, limit=0, keepalive_timeout=KEEP_ALIVE_S),
-                headers={"Content-Type": "application/json"},
-                cookie_jar=aiohttp.DummyCookieJar(),
-            )
+            self._session = connections.over_socket(self.socket_path)
         timeout = aiohttp.ClientTimeout(total=max(0.001, timeout_s))
         try:
             async with self._session.request(method, f"http://vllm{path}", data=data, timeout=timeout) as answer:
