@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from hpc_gym.config.problems import Problem, problem_line
+from hpc_gym.jobs.findings import Finding
+from hpc_gym.jobs.storage_check import storage_findings, weight_bytes
 from hpc_gym.plan.checks import default_hub_cache, refuse_absent_hub_model
 from hpc_gym.plan.plan import Plan, Runtime
 from hpc_gym.plan.processes import BASE
 from hpc_gym.plan.resolve import NotReadyError, resolve
 from hpc_gym.runtimes.spec import is_runtime, names
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one check found. `warning`: the job may run, but a person should look."""
-
-    check: str
-    status: Literal["ok", "warning", "failed"]
-    detail: str
 
 
 def check_experiment(
@@ -32,8 +23,6 @@ def check_experiment(
 
     Raises UserError, with every problem, when the experiment itself is not well formed.
     """
-    from hpc_gym.jobs.storage_check import storage_findings
-
     problems: list[Finding] = []
     try:
         plan = resolve(experiment, overrides, cluster).plan
@@ -165,11 +154,6 @@ def _judge_outside(url: str, model: str, key: str) -> Finding:
         names = ", ".join(listed[:5]) or "none"
         return Finding("judge", "warning", f"{url} does not list '{model}' (judge.model_name); it lists: {names}")
     return Finding("judge", "ok", f"{model} at {url}")
-
-
-def weight_bytes(folder: Path) -> int:
-    """Size of the weights in a model's folder; 0 where there is none."""
-    return sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
 
 
 def _data(plan: Plan, failed: set[str]) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 
 from hpc_gym.errors import UserError
-from hpc_gym.jobs.check import Finding
+from hpc_gym.jobs.findings import Finding
 from hpc_gym.jobs.rendering import render
 from hpc_gym.jobs.slurm import ask
 from hpc_gym.jobs.slurm_limits import limit_findings

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from hpc_gym.errors import UserError
-from hpc_gym.jobs.check import Finding
+from hpc_gym.jobs.findings import Finding
 from hpc_gym.jobs.slurm import ask
 from hpc_gym.jobs.slurm_script import Directives
 from hpc_gym.jobs.slurm_values import gpus_per_node

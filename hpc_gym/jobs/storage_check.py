@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from hpc_gym.jobs.check import Finding, weight_bytes
+from hpc_gym.jobs.findings import Finding
 from hpc_gym.plan.plan import Plan
 from hpc_gym.plan.processes import BASE
 
@@ -87,3 +87,8 @@ def _room(plan: Plan, folder: Path) -> Finding:
     free = shutil.disk_usage(folder).free
     detail = f"{free / 1e9:.0f} GB free; checkpoints and the model want about {wanted / 1e9:.1f} GB"
     return Finding("room", "ok" if free > wanted else "failed", detail)
+
+
+def weight_bytes(folder: Path) -> int:
+    """Size of the weights in a model's folder; 0 where there is none."""
+    return sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))

@@ -19,13 +19,13 @@ from hpc_gym.errors import UserError
 from hpc_gym.plan import plan as frozen
 from hpc_gym.plan.batch import Batch, batch_of
 from hpc_gym.plan.checks import ranks_per_node, replicas_of, role_problems
-from hpc_gym.plan.findings import Findings
 from hpc_gym.plan.judge import judge_settings, secret_names
 from hpc_gym.plan.launch import launch
 from hpc_gym.plan.nemo_gym import Gym, Served
 from hpc_gym.plan.nodes import nodes, places
 from hpc_gym.plan.options import option_problems
 from hpc_gym.plan.processes import BASE, MODEL_NAME, Names
+from hpc_gym.plan.references import References
 from hpc_gym.plan.settings import deepspeed_config, grpo_fields
 
 Paths = Mapping[KeyPath, str]
@@ -114,7 +114,7 @@ def resolve(
 def _resolve(
     composed: Composed, experiment: Experiment, earlier: Mapping[str, frozen.Runtime] | None = None
 ) -> Resolved:
-    found = Findings(composed, experiment, earlier)
+    found = References(composed, experiment, earlier)
     names = _runtime_names(experiment)
     runtimes = found.runtimes(names)
     gym = Gym.of(Path(runtimes[names.gym].root))

@@ -10,7 +10,8 @@ from small_project import Project, project  # noqa: F401 (a fixture)
 
 from hpc_gym import submit
 from hpc_gym.errors import UserError
-from hpc_gym.jobs.check import Finding, check_experiment
+from hpc_gym.jobs.check import check_experiment
+from hpc_gym.jobs.findings import Finding
 
 SLURM = "cluster.kind=slurm"
 

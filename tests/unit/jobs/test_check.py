@@ -9,7 +9,8 @@ from small_project import Project, project
 
 from hpc_gym.cli.main import run
 from hpc_gym.errors import UserError
-from hpc_gym.jobs.check import Finding, check_experiment
+from hpc_gym.jobs.check import check_experiment
+from hpc_gym.jobs.findings import Finding
 from hpc_gym.jobs.slurm_values import minutes
 
 __all__ = ["project"]

@@ -11,7 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from small_project import Project, project
 
-from hpc_gym.jobs.check import Finding, check_experiment
+from hpc_gym.jobs.check import check_experiment
+from hpc_gym.jobs.findings import Finding
 
 __all__ = ["project"]
 

@@ -20,7 +20,7 @@ from hpc_gym.plan.processes import BASE, Names
 from hpc_gym.runtimes.spec import is_runtime, spec_of
 
 
-class Findings:
+class References:
     """`problems` is what was wrong; `paths` maps keys that name files to what they mean, absolute."""
 
     def __init__(
