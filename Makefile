@@ -50,14 +50,14 @@ runtimes: bootstrap ## build the runtimes that the roles run in
 
 test: test-fast runtimes ## all tests: the fast ones, the real vLLM, NeMo Gym, TRL and DeepSpeed, jobs on a real Slurm
 	@echo "Tests with the real parts"
-	@$(BIN)/pytest --quiet -m e2e tests/e2e
+	@$(BIN)/pytest --quiet --durations=12 -m e2e tests/e2e
 	@$(MAKE) test-slurm
 
 test-slurm: bootstrap runtimes ## jobs on a real multi-node Slurm in namespaces (root, Debian); elsewhere it says why not
 	@echo "Small programs as jobs on a real Slurm: a cluster's day, on two clusters at once"
 	@$(BIN)/pytest --quiet --numprocesses 2 -m "slurm and not e2e" tests/slurm
 	@echo "Jobs with the real parts on a real Slurm"
-	@$(BIN)/pytest --quiet -m "slurm and e2e" tests/slurm
+	@$(BIN)/pytest --quiet --durations=12 -m "slurm and e2e" tests/slurm
 
 test-fast: bootstrap ## lint, types, import rules and unit tests, side by side, in less than a minute
 	@$(MAKE) --jobs=2 --output-sync=target lint unit

@@ -12,6 +12,7 @@ _TAIL = 1 << 16
 _LONGEST = 400
 _EXCEPTION = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit|Warning|Timeout|Refused)\b.*")
 _TRACEBACK = "Traceback (most recent call last)"
+_SRUN = ("srun: ", "slurmstepd: ")
 _POINTS_ABOVE = "See stack trace (above) for the root cause"
 """What vLLM's API server says of its engine, which died before."""
 
@@ -34,6 +35,8 @@ def cause_from_log(path: Path, unwritten: bytes = b"") -> str:
     last line; "" when there is none. `unwritten`: what came after the log's end and found no room in it.
     """
     lines = last_lines(path) + _texts(unwritten.splitlines())
+    # A container's srun writes its own words anywhere between those of the program.
+    lines = [line for line in lines if not line.startswith(_SRUN)] or lines
     found = [text for number, line in enumerate(lines) if _TRACEBACK in line and (text := _exception(lines, number))]
     if found:
         return next((text for text in reversed(found) if _POINTS_ABOVE not in text), found[-1])[:_LONGEST]

@@ -50,6 +50,16 @@ def test_an_exception_that_points_to_the_one_before_it_is_passed_over(tmp_path: 
     assert cause_from_log(log(tmp_path, dead)).startswith("vllm.v1.engine.exceptions.EngineDeadError")
 
 
+def test_what_srun_says_counts_only_where_the_program_said_nothing(tmp_path: Path) -> None:
+    srun = "srun: error: node2: task 0: Exited with exit code 1"
+    text = f"""Traceback (most recent call last):
+  File "a.py", line 1, in <module>
+{srun}
+ValueError: in the container"""
+    assert cause_from_log(log(tmp_path, text)) == "ValueError: in the container"
+    assert cause_from_log(log(tmp_path, srun)) == srun
+
+
 def test_without_a_traceback_the_last_words_count(tmp_path: Path) -> None:
     assert cause_from_log(log(tmp_path, "starting\nerror: no such file: model\n\n")) == "error: no such file: model"
     assert cause_from_log(tmp_path / "missing.log") == ""
