@@ -20,11 +20,14 @@ from hpc_gym.protocol.attempt import Outcome
 def main() -> int:
     """Runs the node; leaves the outcome to the guardian in the private directory. Returns its exit code."""
     tree.become_subreaper()
+    # Until the runner can take it: a guardian that dies from here on is cleaned up after.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
     tree.signal_when_parent_dies(signal.SIGHUP)
     guardian = int(os.environ["HPC_GYM_GUARDIAN"])
     if os.getppid() != guardian:
         return 1
     context = NodeContext.from_environment(Path(sys.argv[1]))
+    context.make_private_dir()
 
     async def run() -> Outcome:
         return await NodeRunner(context).run()

@@ -20,7 +20,7 @@ from pathlib import Path
 from hpc_gym.errors import UserError
 from hpc_gym.node.context import node_address, secrets_path
 from hpc_gym.node.ports import Ports
-from hpc_gym.node.record import record_attempt
+from hpc_gym.node.record import hosts, record_attempt
 from hpc_gym.plan.plan import Plan
 from hpc_gym.protocol.attempt import RESERVE, Outcome
 from hpc_gym.protocol.secrets import Secrets, write_secrets
@@ -48,7 +48,8 @@ def begin(run_dir: Path, environment: Mapping[str, str] = os.environ) -> dict[st
     ports = Ports()
     port = ports.single()
     ports.release()
-    return {"HPC_GYM_ATTEMPT": str(attempt), "HPC_GYM_COORDINATOR": f"{address}:{port}"}
+    told = {"HPC_GYM_ATTEMPT": str(attempt), "HPC_GYM_COORDINATOR": f"{address}:{port}"}
+    return told | ({"HPC_GYM_HOSTS": ",".join(names)} if (names := hosts(environment)) else {})
 
 
 def _make_directory(plan: Plan, run_dir: Path, environment: Mapping[str, str]) -> int:

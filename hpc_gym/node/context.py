@@ -36,6 +36,8 @@ class NodeContext:
     secrets: Secrets
     address: str
     interface: str
+    hosts: tuple[str, ...] = ()
+    """Host names of all nodes in rank order, as Slurm gave them to the job; empty elsewhere."""
 
     @classmethod
     def from_environment(cls, run_dir: Path, environment: Mapping[str, str] = os.environ) -> NodeContext:
@@ -54,7 +56,8 @@ class NodeContext:
             ) from None
         address, interface = node_address(plan, host)
         secrets = read_secrets(secrets_path(run_dir, attempt))
-        return cls(plan, node, attempt, (host, int(port)), secrets, address, interface)
+        hosts = tuple(environment.get("HPC_GYM_HOSTS", "").split(",")) if environment.get("HPC_GYM_HOSTS") else ()
+        return cls(plan, node, attempt, (host, int(port)), secrets, address, interface, hosts)
 
     @property
     def run_dir(self) -> Path:

@@ -20,15 +20,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpc_gym.node import attempt as attempts
 from hpc_gym.node import scontrol
 from hpc_gym.node.channel import LONGEST, Channel, Message, accept
+from hpc_gym.node.context import NodeContext
 from hpc_gym.node.journal import Journal
 from hpc_gym.node.reach import culprit
 from hpc_gym.node.stall import StepWatch
 from hpc_gym.node.verdict import Task, Verdict
-from hpc_gym.plan.plan import Plan
 from hpc_gym.protocol.attempt import STOPPED_AT_CHECKPOINT, Failure, Outcome
 
+JOB_SCRIPT = "job script"
+"""Stands for a process where the script of the job itself was killed."""
 JOIN_WITHIN_S = 120.0
 """From the coordinator's start until every node's supervisor has reported."""
 _LOOK_AT_STEPS_S = 1.0
@@ -59,11 +62,13 @@ class Peer:
 class Coordinator:
     """`run` serves until the attempt has ended on every node and its outcome is written."""
 
-    def __init__(self, plan: Plan, attempt: int, token: str) -> None:
+    def __init__(self, context: NodeContext) -> None:
+        plan = context.plan
         self._plan = plan
-        self._attempt = attempt
-        self._token = token
-        self._directory = Path(plan.run_dir) / "attempts" / str(attempt)
+        self._attempt = context.attempt
+        self._token = context.secrets.token
+        self._hosts = dict(enumerate(context.hosts))
+        self._directory = context.attempt_dir
         self._journal = Journal(self._directory / "events.jsonl")
         self._peers: dict[int, Peer] = {}
         self._endpoints: dict[int, dict[str, str]] = {}
@@ -81,6 +86,8 @@ class Coordinator:
         self._serving: set[asyncio.Task[None]] = set()
         self._without_evidence: set[int] = set()
         """Nodes that are asked what stalls."""
+        self._without_supervisor: set[str] = set()
+        """Nodes whose task has ended: nothing comes from there any more."""
         self._asking: asyncio.Task[None] | None = None
 
     async def run(self, host: str, port: int) -> Outcome:
@@ -96,8 +103,10 @@ class Coordinator:
                 outcome = await self._settle()
             await self._let_checkpoint_finish(outcome)
             await self._stop(outcome)
-            await self._conclude(outcome)
+            outcome = await self._conclude(outcome)
             await asyncio.gather(*(peer.channel.close() for peer in self._peers.values()))
+            if outcome.failure is not None and outcome.failure.process == JOB_SCRIPT:
+                await asyncio.to_thread(attempts.end, Path(self._plan.run_dir))
         finally:
             watch.cancel()
             steps.cancel()
@@ -156,7 +165,7 @@ class Coordinator:
 
     def _released(self) -> bool:
         """Whether no node is left that could still tell us that it is free. One that has not joined yet will."""
-        never_joined = {failure.node for failure, _ in self._verdict.lost}
+        never_joined = {failure.node for failure, _ in self._verdict.lost} | self._without_supervisor
         for node in self._plan.nodes:
             peer = self._peers.get(node.rank)
             if peer is None and node.name not in never_joined:
@@ -165,16 +174,27 @@ class Coordinator:
                 return False
         return True
 
-    async def _conclude(self, outcome: Outcome) -> None:
+    async def _conclude(self, outcome: Outcome) -> Outcome:
+        """Writes the outcome and tells it to all; returns what was written, by whomever."""
         seconds = round(time.monotonic() - self._first_cause, 3)
-        self._record("outcome", kind=outcome.kind, sentence=outcome.sentence(), seconds=seconds)
-        writing = asyncio.create_task(asyncio.to_thread(outcome.write, self._plan.run_dir, self._directory))
+        writing = asyncio.create_task(asyncio.to_thread(self._write, outcome))
         await asyncio.wait({writing}, timeout=_WRITE_WITHIN_S)
+        if writing.done() and writing.exception() is None:
+            outcome = writing.result()
+        self._record("outcome", kind=outcome.kind, sentence=outcome.sentence(), seconds=seconds)
         if not writing.done():
             print(f"{self._directory}: the file system hangs; the outcome is still being written", flush=True)
         elif (error := writing.exception()) is not None:
             print(f"the outcome could not be written to {self._directory}: {error}", flush=True)
         self._broadcast({"type": "end", "outcome": outcome.to_json()})
+        return outcome
+
+    def _write(self, outcome: Outcome) -> Outcome:
+        # The job script wrote one where it knew better: srun was killed, and all tasks with it.
+        if (known := Outcome.read(self._directory)) is not None:
+            return known
+        outcome.write(self._plan.run_dir, self._directory)
+        return outcome
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         current = asyncio.current_task()
@@ -210,9 +230,24 @@ class Coordinator:
                 # It has killed what was left of its node: nothing more comes from there.
                 for peer in self._peers.values():
                     peer.released = peer.released or self._plan.nodes[peer.rank].name == failure.node
+            elif message.get("type") == "task_ended":
+                self._take_end_of_task(Failure(**message["failure"]))
             elif message.get("type") == "signal":
                 self._signalled(str(message["signal"]))
         self._changed.set()
+
+    def _take_end_of_task(self, failure: Failure) -> None:
+        """srun has ended, or says that the task of a node has. Where its supervisor lives, that one tells of it."""
+        if failure.process != "supervisor":
+            self._fail(failure)
+            return
+        rank = next(node.rank for node in self._plan.nodes if node.name == failure.node)
+        if rank in self._peers and self._peers[rank].connected:
+            return
+        self._without_supervisor.add(failure.node)
+        told = (*self._verdict.failures, *(lost for lost, _ in self._verdict.lost))
+        if failure.node not in {each.node for each in told}:
+            self._fail(failure)
 
     def _take(self, peer: Peer, message: Message) -> None:
         kind = message.get("type")
@@ -252,6 +287,8 @@ class Coordinator:
             self._record("released", rank=peer.rank, seconds=message["seconds"])
 
     def _fail(self, failure: Failure, task: Task | None = None) -> None:
+        if failure in self._verdict.failures:
+            return
         self._verdict.failures.append(failure)
         # A checkpoint that several ranks write together is lost with one of them: nothing to wait for.
         if task in self._saving:
@@ -274,9 +311,18 @@ class Coordinator:
         elif standing.state == "PENDING":
             # Until KillWait is over.
             self._checkpoint(scontrol.QUEUED_AGAIN)
+        elif standing.script_killed_by:
+            self._fail(self._script_killed(standing.script_killed_by))
         elif not self._verdict.cancelled:
             self._verdict.cancelled = "the job received SIGTERM"
         self._changed.set()
+
+    def _script_killed(self, by: str) -> Failure:
+        """Slurm ends a job whose script has ended: then there is nobody else to say why, and to clean up after it."""
+        node, job_id = self._plan.nodes[0], os.environ.get("HPC_GYM_JOB_ID", "")
+        log = Path(self._plan.run_dir) / "submitit" / f"{job_id}_batch.out"
+        cause = "from outside, or by the kernel for lack of memory" if by == "SIGKILL" else ""
+        return Failure(node.role, node.name, JOB_SCRIPT, cause, str(log), self._attempt, time.time(), None, by)
 
     def _checkpoint(self, reason: str) -> None:
         if self._verdict.checkpoint:
@@ -337,6 +383,7 @@ class Coordinator:
         node = self._plan.nodes[rank]
         if any(failure.node == node.name for failure, _ in self._verdict.lost):
             return
+        host = host or self._hosts.get(rank, "")
         where = f"host {host}: {cause}" if host else cause
         log = str(self._directory / "events.jsonl")
         failure = Failure(node.role, node.name, "supervisor", where, log, self._attempt, time.time())

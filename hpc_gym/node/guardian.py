@@ -14,8 +14,10 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -30,6 +32,10 @@ from hpc_gym.node.node_runner import SHARED_MEMORY_RECORD
 from hpc_gym.node.signals import forwarded, start_blocked
 from hpc_gym.protocol.attempt import Failure, Outcome
 
+_MAY_BE_STOPPED_LONGER_S = 5.0
+"""Than a node may be silent, before its supervisor is killed: it may still go on by itself."""
+_LOOK_EVERY_S = 1.0
+
 
 def guard(run_dir: Path) -> Outcome:
     """Runs this node's supervisor and returns how the attempt ended. Nothing of this node is left when it returns."""
@@ -37,14 +43,13 @@ def guard(run_dir: Path) -> Outcome:
     context = NodeContext.from_environment(run_dir)
     log = context.log(context.node.role, "supervisor")
     since, before = time.time(), shared_memory.names()
-    context.make_private_dir()
     try:
-        code = _run_supervisor(run_dir, log)
+        code, stopped = _run_supervisor(context, log)
         if left := tree.kill_all(context.marker):
             print(f"{context.node.name}: processes that do not die: {left}", flush=True)
         with contextlib.suppress(OSError, ValueError):
             return _told(context, Outcome.from_json((context.private_dir / "outcome.json").read_text()))
-        return _report_death(context, log, code)
+        return _report_death(context, log, code, stopped)
     finally:
         clean(context, before, since)
 
@@ -63,8 +68,10 @@ def clean(context: NodeContext, shared_memory_before: list[str], since: float) -
     shutil.rmtree(context.private_dir, ignore_errors=True)
 
 
-def _run_supervisor(run_dir: Path, log: Path) -> int:
-    """The exit code of the supervisor, negative for a signal. Passes signals on to it meanwhile."""
+def _run_supervisor(context: NodeContext, log: Path) -> tuple[int, float]:
+    """(the exit code of the supervisor, negative for a signal; for how many seconds it was stopped when it was killed
+    for that). Passes signals on to it meanwhile.
+    """
     pump = LogPump()
     sink, stream = pump.attach(log)
     environment = {**os.environ, "HPC_GYM_GUARDIAN": str(os.getpid())}
@@ -73,14 +80,20 @@ def _run_supervisor(run_dir: Path, log: Path) -> int:
     early: list[int] = []
 
     def forward(number: int, _: FrameType | None) -> None:
-        child.send_signal(number) if child is not None else early.append(number)
+        if child is None:
+            early.append(number)
+            return
+        child.send_signal(number)
+        if number == signal.SIGTERM:
+            # Slurm's SIGKILL follows: one that was stopped must go on to clean up. Slurm itself reaches only the task.
+            child.send_signal(signal.SIGCONT)
 
     with forwarded(forward):
         try:
             # Ctrl-C goes to the whole foreground group: in a session of its own the supervisor hears of it once, from
             # here.
             child = start_blocked(
-                [sys.executable, "-m", "hpc_gym.node", str(run_dir)],
+                [sys.executable, "-m", "hpc_gym.node", str(context.run_dir)],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
@@ -91,18 +104,46 @@ def _run_supervisor(run_dir: Path, log: Path) -> int:
             os.close(sink)
         for number in early:
             child.send_signal(number)
+        watch = _StoppedWatch(child.pid, context.plan.supervision.node_silent_s + _MAY_BE_STOPPED_LONGER_S)
         code = child.wait()
     stream.ended.wait(0.5)
     pump.close()
-    return code
+    return code, watch.stopped_s
 
 
-def _report_death(context: NodeContext, log: Path, code: int) -> Outcome:
+class _StoppedWatch:
+    """Kills a supervisor that was stopped (SIGSTOP) and not continued: nobody else could end what it has started, and
+    where it is the coordinator's, nobody could end the job.
+    """
+
+    def __init__(self, pid: int, allowed_s: float) -> None:
+        self.stopped_s = 0.0
+        """How long it had been stopped when it was killed for that."""
+        self._pid = pid
+        self._allowed_s = allowed_s
+        threading.Thread(target=self._run, name="stopped", daemon=True).start()
+
+    def _run(self) -> None:
+        stopped, looked = 0.0, time.monotonic()
+        while (proc := tree.process(self._pid)) is not None and proc.parent == os.getpid() and not proc.zombie:
+            time.sleep(_LOOK_EVERY_S)
+            # Where Slurm suspends the whole job, this process was stopped too: only the time that it saw counts.
+            seen, looked = min(time.monotonic() - looked, 2 * _LOOK_EVERY_S), time.monotonic()
+            stopped = stopped + seen if proc.stopped else 0.0
+            if stopped > self._allowed_s:
+                self.stopped_s = stopped
+                tree.send([proc], signal.SIGKILL)
+                return
+
+
+def _report_death(context: NodeContext, log: Path, code: int, stopped_s: float) -> Outcome:
     """Tells the coordinator that this node's supervisor died; where that was the coordinator, writes the outcome
-    itself.
+    itself. A supervisor that was stopped for good is a node that is lost.
     """
     node, killed_by = context.node, signal.Signals(-code).name if code < 0 else None
     cause = "from outside, or by the kernel for lack of memory" if killed_by == "SIGKILL" else cause_from_log(log)
+    if stopped_s:
+        cause, killed_by = f"host {socket.gethostname()}: stopped by a signal for {stopped_s:.0f} s", None
     failure = Failure(
         node.role,
         node.name,
@@ -115,6 +156,8 @@ def _report_death(context: NodeContext, log: Path, code: int) -> Outcome:
         killed_by,
     )
     outcome = Outcome("failed", failure=failure)
+    if stopped_s:
+        outcome = Outcome("requeue", "a node was lost", (socket.gethostname(),), failure)
     if node.rank == 0:
         if Outcome.read(context.attempt_dir) is None:
             outcome.write(context.run_dir, context.attempt_dir)

@@ -10,6 +10,8 @@ from hpc_gym.node.channel import Channel, Message, connect
 from hpc_gym.plan.plan import Supervision
 
 _FIRST_CONTACT_WITHIN_S = 60.0
+_KEPT = frozenset({"endpoints", "saving", "ended", "failed", "complained", "unfit", "released"})
+"""What a coordinator must know. Of a connection that breaks nobody can tell what still got through."""
 
 
 class Link:
@@ -35,12 +37,18 @@ class Link:
         self._take = take
         self._channel: Channel | None = None
         self._waiting: list[Message] = []
-        self._endpoints: Message | None = None
+        self._kept: dict[tuple[str, str], Message] = {}
+        """The last message of each of these types, by process: said again on every new connection."""
         self._last_heard = 0.0
 
+    @property
+    def stands(self) -> bool:
+        """Whether there is a connection at this moment."""
+        return self._channel is not None
+
     def send(self, message: Message) -> None:
-        if message["type"] == "endpoints":
-            self._endpoints = message
+        if message["type"] in _KEPT:
+            self._kept[message["type"], str(message.get("process", ""))] = message
         if self._channel is None:
             self._waiting.append(message)
         else:
@@ -70,20 +78,18 @@ class Link:
 
     async def _talk(self, channel: Channel) -> None:
         self._last_heard = time.monotonic()
-        if self._endpoints is not None and self._endpoints not in self._waiting:
-            channel.send(self._endpoints)
-        for waiting in self._waiting:
-            channel.send(waiting)
+        for message in (*(kept for kept in self._kept.values() if kept not in self._waiting), *self._waiting):
+            channel.send(message)
         self._waiting.clear()
         self._channel = channel
         beats = asyncio.create_task(self._beat(channel), name="heartbeat")
         try:
-            while (message := await channel.receive()) is not None:
+            while (heard := await channel.receive()) is not None:
                 self._last_heard = time.monotonic()
-                if message.get("type") == "ask":
+                if heard.get("type") == "ask":
                     channel.send({"type": "heartbeat"})
-                elif message.get("type") != "heartbeat":
-                    self._take(message)
+                elif heard.get("type") != "heartbeat":
+                    self._take(heard)
         finally:
             self._channel = None
             beats.cancel()

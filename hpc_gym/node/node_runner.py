@@ -34,6 +34,8 @@ from hpc_gym.protocol.attempt import STOPPED_AT_CHECKPOINT, Failure, Outcome
 SHARED_MEMORY_RECORD = "shared_memory"
 """File in the private directory."""
 _LOOK_EVERY_S = 1.0
+_COORDINATOR_MAY_TAKE_S = 2.0
+"""From a signal that ends the job until it has been told of it."""
 
 
 class NodeRunner:
@@ -112,7 +114,7 @@ class NodeRunner:
         context = self._context
         if context.node.rank != 0:
             return None
-        coordinator = Coordinator(context.plan, context.attempt, context.secrets.token)
+        coordinator = Coordinator(context)
         task = asyncio.create_task(coordinator.run(*context.coordinator), name="coordinator")
 
         def ended(done: asyncio.Task[Outcome]) -> None:
@@ -286,10 +288,17 @@ class NodeRunner:
             loop.add_signal_handler(signum, self._on_signal, signum.name)
         loop.add_signal_handler(signal.SIGHUP, self._lose_guardian)
         # Blocked until now, so that none came too early: see `hpc_gym.node.guardian`.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [*STOP_SIGNALS, signal.SIGHUP])
 
     def _on_signal(self, name: str) -> None:
         self._link.send({"type": "signal", "signal": name})
+        if name in ("SIGTERM", "SIGINT"):
+            # Slurm's SIGKILL follows after KillWait: too soon to wait for a coordinator that never came, or is gone.
+            asyncio.get_running_loop().call_later(_COORDINATOR_MAY_TAKE_S, self._end_alone, name)
+
+    def _end_alone(self, name: str) -> None:
+        if not self._link.stands:
+            self._give_up(f"it received {name}, and the coordinator cannot be reached")
 
     def _lose_guardian(self) -> None:
         node, log = self._context.node, str(self._context.log(self._context.node.role, "supervisor"))

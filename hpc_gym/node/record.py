@@ -34,14 +34,16 @@ def _facts(run_dir: Path, environment: Mapping[str, str]) -> dict[str, Any]:
         "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "job": environment.get("HPC_GYM_JOB_ID"),
         "plan": hashlib.sha256((run_dir / "plan.json").read_bytes()).hexdigest(),
-        "nodes": _hosts(environment) if in_slurm else [platform.node()],
+        "nodes": hosts(environment) if in_slurm else [platform.node()],
         "slurm": _said("scontrol", "--version").partition(" ")[2] or None if in_slurm else None,
         "system": platform.platform(),
     }
 
 
-def _hosts(environment: Mapping[str, str]) -> list[str]:
-    """Host names of the allocation, those of a heterogeneous job in order of its components."""
+def hosts(environment: Mapping[str, str]) -> list[str]:
+    """Host names of the allocation in rank order, which is that of the components of a heterogeneous job; empty where
+    there is no Slurm, or no word of it.
+    """
     groups = sorted(
         (int(found[1]), value)
         for name, value in environment.items()

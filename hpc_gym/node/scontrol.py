@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ class Standing:
     """RUNNING, PENDING (it has been requeued), CANCELLED, TIMEOUT, ...; "" where Slurm could not be asked."""
     preempted: bool
     """Slurm has begun to take the nodes away for another job."""
+    script_killed_by: str = ""
+    """Name of the signal that has killed the job script, as "SIGKILL": then Slurm ends what is left of the job."""
 
 
 def standing(job_id: str, within_s: float = _CONTROLLER_MAY_BE_AWAY_S) -> Standing:
@@ -45,7 +48,16 @@ def standing(job_id: str, within_s: float = _CONTROLLER_MAY_BE_AWAY_S) -> Standi
     preempted = fields.get("PreemptTime", "None") not in ("None", "Unknown", "N/A")
     # While its nodes are cleared a job is COMPLETING, whether it has ended or is queued again.
     queued_again = int(fields.get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    return Standing("PENDING" if queued_again else fields.get("JobState", ""), preempted)
+    state = "PENDING" if queued_again else fields.get("JobState", "")
+    ended = state not in ("PENDING", "RUNNING")
+    return Standing(state, preempted, _killer(fields.get("ExitCode", "")) if ended else "")
+
+
+def _killer(exit_code: str) -> str:
+    """The signal in Slurm's `CODE:SIGNAL` of a job; "" without one, and for those by which Slurm ends a job itself."""
+    number = int(exit_code.rpartition(":")[2] or 0) if re.fullmatch(r"\d+:\d+", exit_code) else 0
+    known = {each.value: each.name for each in signal.Signals}
+    return known.get(number, "") if number not in (signal.SIGHUP, signal.SIGTERM) else ""
 
 
 def has_outlived_its_leader(job_id: str) -> bool:

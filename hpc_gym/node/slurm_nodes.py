@@ -8,21 +8,23 @@ srun alone would not do: it waits for the tasks of a node that has died until Sl
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 from hpc_gym.node import attempt as attempts
 from hpc_gym.node import scontrol
 from hpc_gym.node.causes import cause_from_log
-from hpc_gym.node.channel import Refused, connect
+from hpc_gym.node.channel import Message, Refused, connect
 from hpc_gym.node.context import NodeContext
+from hpc_gym.node.srun import Srun, TaskEnd
 from hpc_gym.plan.plan import Plan
 from hpc_gym.protocol.attempt import Failure, Outcome
 from hpc_gym.protocol.files import json_rows
@@ -31,6 +33,11 @@ _SRUN_MAY_TAKE_S = 3.0
 """From the outcome to the end of srun, when all nodes live."""
 _OUTCOME_MAY_TAKE_S = 5.0
 """From the end of srun until its outcome is seen: another process wrote it, perhaps through a file server."""
+_GUARDIAN_MAY_TAKE_S = 1.5
+"""From the end of a task until the coordinator knows of it by itself."""
+_OUTSIDE = "from outside, or by the kernel for lack of memory"
+_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT)
+"""Ends of an srun that are not Slurm's, which sends it SIGTERM."""
 _REQUEUES_IN_VAIN = 2
 """Requeues that may follow one another without a training step between them: bad nodes, too short a time limit."""
 _OTHERS_DECIDED = (scontrol.PREEMPTED, scontrol.QUEUED_AGAIN)
@@ -62,23 +69,26 @@ class SlurmNodes:
         """Runs srun and returns the outcome of the attempt."""
         if scontrol.has_outlived_its_leader(self._job_id):
             return self._wrote(Outcome("requeue", "Slurm requeued the first component without the others"))
-        srun = subprocess.Popen(
-            self._command,
-            stdin=subprocess.DEVNULL,
-            # A signal to this process's group must not reach it: srun ends all tasks on SIGTERM.
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL),
-        )
-        known_since = 0.0
-        while srun.poll() is None:
-            if self._to_forward and self._forward(self._to_forward[0]):
+        srun, known_since, told = Srun(self._command), 0.0, False
+        while (code := srun.code()) is None:
+            if self._to_forward and self._tell({"type": "signal", "signal": self._to_forward[0]}) == "told":
                 self._to_forward.pop(0)
             if not known_since and Outcome.read(self._context.attempt_dir) is not None:
                 known_since = time.monotonic()
             if known_since and time.monotonic() - known_since > _SRUN_MAY_TAKE_S:
                 srun.kill()
+            if not known_since and not told and (ended := self._lost_task(srun)) is not None:
+                failure = self._of_task(ended)
+                answer = self._tell({"type": "task_ended", "failure": dataclasses.asdict(failure)})
+                told = answer == "told"
+                if answer == "refused" and time.monotonic() - ended.seen > _OUTCOME_MAY_TAKE_S:
+                    # The task of the coordinator itself.
+                    srun.kill()
+                    return self._wrote(Outcome("failed", failure=failure))
             time.sleep(0.1)
-        return self._outcome(srun.returncode)
+        if -code in _FROM_OUTSIDE and Outcome.read(self._context.attempt_dir) is None:
+            return self._srun_killed(code)
+        return self._outcome(code)
 
     def end(self, outcome: Outcome) -> int:
         """Does to the Slurm job what the outcome asks for; the exit code where there is still a job to exit from."""
@@ -108,20 +118,52 @@ class SlurmNodes:
     def _note(self, number: int, _: FrameType | None) -> None:
         self._to_forward.append(signal.Signals(number).name)
 
-    def _forward(self, name: str) -> bool:
-        """Tells the coordinator of a signal; False while it cannot be reached."""
+    def _tell(self, message: Message) -> Literal["told", "refused", "silent"]:
+        """Sends the coordinator a message; `refused` where nobody listens."""
 
         async def tell() -> None:
             host, port = self._context.coordinator
             channel = await connect(host, port, self._context.secrets.token, {"guardian": True})
-            channel.send({"type": "signal", "signal": name})
+            channel.send(message)
             await channel.close()
 
         try:
             asyncio.run(tell())
+        except ConnectionRefusedError:
+            return "refused"
         except (OSError, TimeoutError, Refused):
-            return False
-        return True
+            return "silent"
+        return "told"
+
+    def _lost_task(self, srun: Srun) -> TaskEnd | None:
+        """The first task whose end may be news to the coordinator: a supervisor that ends knows an outcome, and one
+        that dies is told of by its guardian.
+        """
+        before = time.monotonic() - _GUARDIAN_MAY_TAKE_S
+        return next((each for each in srun.ends if each.seen < before), None)
+
+    def _of_task(self, ended: TaskEnd) -> Failure:
+        hosts = self._context.hosts
+        rank = hosts.index(ended.host) if ended.host in hosts else min(ended.task, len(self._plan.nodes) - 1)
+        log = self._submitit(f"{rank}_log.err")
+        cause = _OUTSIDE if ended.signal == "SIGKILL" else cause_from_log(log)
+        failure = self._failure(cause, log if log.exists() else None, rank, ended.exit_code)
+        return dataclasses.replace(failure, signal=ended.signal)
+
+    def _srun_killed(self, code: int) -> Outcome:
+        """Writes the outcome first, as Slurm kills the tasks of such an srun: the coordinator would blame one of them.
+        Returns when it has ended, with what it had started.
+        """
+        name = signal.Signals(-code).name
+        failure = dataclasses.replace(self._failure(_OUTSIDE), process="srun", signal=name)
+        outcome = self._wrote(Outcome("failed", failure=failure))
+        supervision = self._plan.supervision
+        deadline = time.monotonic() + supervision.stop_within_s + supervision.checkpoint_grace_s
+        while self._tell({"type": "task_ended", "failure": dataclasses.asdict(failure)}) != "refused":
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.3)
+        return outcome
 
     def _outcome(self, srun_code: int) -> Outcome:
         deadline = time.monotonic() + _OUTCOME_MAY_TAKE_S

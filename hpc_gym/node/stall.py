@@ -63,9 +63,9 @@ class StepWatch:
         self._read += len(whole)
         for row in json_rows(whole):
             if row.get("attempt") == self._attempt:
-                self._times.append(float(row["time"]))
+                self._times.append(float(row.get("time", time.time())))
                 self._last_seen = time.monotonic()
-                self._done = row["step"] >= row["max_steps"]
+                self._done = "max_steps" in row and row.get("step", 0) >= row["max_steps"]
 
     def _median(self) -> float:
         times = list(self._times)

@@ -35,6 +35,8 @@ class Proc:
     start: int
     """Clock ticks since boot."""
     zombie: bool
+    stopped: bool = False
+    """By SIGSTOP or a debugger."""
 
 
 def processes() -> dict[int, Proc]:
@@ -71,7 +73,9 @@ def process(pid: int) -> Proc | None:
         return None
     # The name, in brackets, may hold anything.
     fields = text[text.rindex(b")") + 2 :].split()
-    return Proc(pid, int(fields[1]), int(fields[2]), int(fields[3]), int(fields[19]), fields[0] in (b"Z", b"X"))
+    state = fields[0]
+    parent, group, session, start = (int(fields[index]) for index in (1, 2, 3, 19))
+    return Proc(pid, parent, group, session, start, state in (b"Z", b"X"), state in (b"T", b"t"))
 
 
 def descendants(roots: Iterable[int], table: Mapping[int, Proc]) -> list[Proc]:

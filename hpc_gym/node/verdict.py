@@ -82,7 +82,7 @@ class Verdict:
         return [failure for failure in (*self.failures, *self.complaints) if not _follows(failure)]
 
     def _bad_hosts(self) -> tuple[str, ...]:
-        return tuple(host for _, host in self.lost)
+        return tuple(host for _, host in self.lost if host)
 
 
 def _follows(failure: Failure) -> bool:

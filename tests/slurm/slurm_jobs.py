@@ -184,6 +184,7 @@ def submit(slurm_cluster: Cluster, shared: Path) -> Iterator[Callable[..., Slurm
         setup: tuple[str, ...] = (),
         chain: int = 0,
         folder: Path | None = None,
+        max_steps: int = 4,
         **supervision: float,
     ) -> SlurmJob:
         rollout, train = (nodes[0], nodes[1:]) if nodes[0][0].role == "rollout" else ((), nodes)
@@ -191,7 +192,13 @@ def submit(slurm_cluster: Cluster, shared: Path) -> Iterator[Callable[..., Slurm
             kind="slurm", options={"time": 5, **(options or {})}, components=components, setup=setup, chain=chain
         )
         plan = job_plans.plan(
-            (folder or shared) / f"run-{len(jobs)}", rollout, train, launch, secrets=secrets, env=env or {}
+            (folder or shared) / f"run-{len(jobs)}",
+            rollout,
+            train,
+            launch,
+            secrets=secrets,
+            env=env or {},
+            max_steps=max_steps,
         )
         separate = bool(components)
         plan = replace(

@@ -189,19 +189,22 @@ class Cluster:
 
     def processes(self, node: str) -> dict[int, str]:
         """What runs on a node besides Slurm and the node's first process: by the machine's process ids."""
+        return {
+            pid: line
+            for pid, (name, line) in self.everything(node).items()
+            if not name.startswith(("slurm", "epilog")) and line != "sleep 3600"
+        }
+
+    def everything(self, node: str) -> dict[int, tuple[str, str]]:
+        """(name, command line) of all that runs on a node but its first process: by the machine's process ids."""
         init, found = self._init_pid(node), {}
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 if (path / "ns" / "pid").readlink() == Path(f"/proc/{init}/ns/pid").readlink():
                     line = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
                     name = (path / "comm").read_text().strip()
-                    if (
-                        line
-                        and int(path.name) != init
-                        and not name.startswith(("slurm", "epilog"))
-                        and line != "sleep 3600"
-                    ):
-                        found[int(path.name)] = line
+                    if line and int(path.name) != init:
+                        found[int(path.name)] = (name, line)
         return found
 
     def kill_daemon(self, host: str, daemon: str) -> None:

@@ -86,6 +86,13 @@ def test_a_lost_node_explains_failures_of_its_peers_and_is_excluded(cause: str) 
     assert outcome.sentence().endswith("(log: /log); without node3")
 
 
+def test_a_lost_node_whose_name_nobody_knows_is_not_excluded() -> None:
+    verdict = Verdict(TASKS, lost=[(failure("supervisor", "did not report"), "")])
+    outcome = verdict.outcome()
+    assert outcome is not None
+    assert "without" not in outcome.sentence()
+
+
 def test_an_outcome_reads_back_as_it_was_written() -> None:
     outcome = Outcome("requeue", "a node was lost", ("node3",), failure("supervisor", signal="SIGKILL"))
     assert Outcome.from_json(outcome.to_json()) == outcome

@@ -1,0 +1,76 @@
+"""What srun tells of the tasks that it has started."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hpc_gym.node import scontrol
+from hpc_gym.node.srun import Srun, TaskEnd, task_ends
+
+# As Slurm 22.05 writes them.
+LINES = {
+    "srun: error: node3: task 2: Killed": TaskEnd("node3", 2, "SIGKILL", None, 0.0),
+    "srun: error: node[2-3,7]: tasks 1-2,6: Killed": TaskEnd("node2", 1, "SIGKILL", None, 0.0),
+    "srun: error: gpu-007: task 0: Segmentation fault (core dumped)": TaskEnd("gpu-007", 0, "SIGSEGV", None, 0.0),
+    "srun: error: node1: task 0: Exited with exit code 85": TaskEnd("node1", 0, None, 85, 0.0),
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_the_end_of_a_task_is_understood(line: str) -> None:
+    assert [replace(each, seen=0.0) for each in task_ends(line + "\n")] == [LINES[line]]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "srun: Force Terminated StepId=9520385.0",
+        "srun: cluster configuration lacks support for cpu binding",
+        "slurmstepd: error: *** STEP 7.0 ON node1 CANCELLED AT 2026-11-20T19:46:41 ***",
+        "srun: error: Unable to create step for job 7: Invalid generic resource (gres) specification",
+    ],
+)
+def test_what_else_it_says_is_no_end_of_a_task(line: str) -> None:
+    assert list(task_ends(line)) == []
+
+
+def test_the_words_of_a_running_srun_are_heard_and_passed_on(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    srun = Srun(["bash", "-c", "echo 'srun: error: node1: task 0: Killed' >&2; sleep 600"])
+    deadline = time.monotonic() + 20
+    while not srun.ends and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert [end.host for end in srun.ends] == ["node1"]
+    assert srun.code() is None
+    srun.kill()
+    while (code := srun.code()) is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert code == -9
+    assert capfdbinary.readouterr().err == b"srun: error: node1: task 0: Killed\n"
+
+
+@pytest.mark.parametrize(
+    "told, by",
+    [
+        ("JobState=COMPLETING Reason=JobLaunchFailure Restarts=0 ExitCode=0:9", "SIGKILL"),
+        (
+            "JobState=COMPLETING Reason=None Restarts=0 ExitCode=0:15",
+            "",
+        ),  # scancel, to a script that does not ignore it
+        ("JobState=COMPLETING Reason=TimeLimit Restarts=0 ExitCode=0:1", ""),
+        ("JobState=RUNNING Reason=None Restarts=0 ExitCode=0:0", ""),
+        ("JobState=COMPLETING Reason=BeginTime Restarts=1 ExitCode=0:9", ""),
+    ],
+)
+def test_slurm_knows_by_what_the_job_script_was_killed(
+    told: str, by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = tmp_path / "scontrol"
+    answers.write_text(f"#!/bin/sh\necho 'JobId=7 {told} PreemptTime=None'\n")
+    answers.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    assert scontrol.standing("7").script_killed_by == by
