@@ -9,6 +9,7 @@ from pathlib import Path
 from hpc_gym.jobs import local, slurm
 from hpc_gym.jobs.records import JobRecord
 from hpc_gym.jobs.state import CANCEL_MARK, has_ended, job_state
+from hpc_gym.node import attempt as attempts
 from hpc_gym.node.tree import Proc
 from hpc_gym.plan.plan import Plan
 
@@ -39,6 +40,8 @@ def cancel(record: JobRecord, wait: bool = True) -> Cancellation:
     begin = time.monotonic()
     if _wait(record, begin + patience(record)):
         left = local.kill(record) if record.kind == "local" else []
+        # Of a job that was still queued nobody else does it.
+        attempts.end(Path(record.run_dir))
         return _told(record, f"has stopped after {time.monotonic() - begin:.1f} s", left)
     if record.kind == "local":
         return _told(record, f"did not stop within {patience(record):g} s and was killed", local.kill(record))

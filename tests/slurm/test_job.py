@@ -100,6 +100,7 @@ def test_a_waiting_job_is_cancelled_at_once(submit: Submit) -> None:
     assert ", expected start 20" in queued.detail
     run.job.cancel()
     assert run.job.state == "CANCELLED"
+    assert not (run.run_dir / "secrets").exists()
 
 
 def test_the_script_that_slurm_runs_is_what_a_dry_run_prints(submit: Submit) -> None:
