@@ -22,6 +22,8 @@ def without_outcome(record: JobRecord, state: str) -> str:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - 4096))
             lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+    except FileNotFoundError:
+        return f"{state}: the job ended before its script began"
     except OSError:
         lines = []
     # Slurm says the same thing for every step that it starts.

@@ -107,7 +107,6 @@ class StatusReader:
         self.evaluations.extend(self._evaluations.new())
         progress, record, state = self._progress, self.record, standing.state
         outcome = Outcome.read(self._run_dir / "attempts" / str(progress.attempt)) if progress.attempt else None
-        ended_without = without_outcome(record, state) if has_ended(state) and state != "COMPLETED" else None
         now = self._last_moment() if has_ended(state) else time.time()
         last, pace = self.steps.last, self.steps.pace()
         step, max_steps = int(last.get("step", 0)), int(self._plan.training.grpo.get("max_steps", 0))
@@ -146,7 +145,7 @@ class StatusReader:
             checkpoint_age_s=None if saved is None else max(0.0, now - saved),
             notes=tuple(progress.notes),
             stopping=progress.stopping,
-            outcome=outcome.sentence() if outcome else ended_without,
+            outcome=_ended(record, state, outcome),
         )
 
     def _queued_since(self, standing: Standing, earlier: Sequence[AttemptEnd]) -> float | None:
@@ -194,6 +193,16 @@ def _plan(run_dir: Path) -> Plan:
 
 def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) else None
+
+
+def _ended(record: JobRecord, state: str, outcome: Outcome | None) -> str | None:
+    """How the last attempt, or the job without one, ended; None while it runs."""
+    if outcome is None:
+        return without_outcome(record, state) if has_ended(state) and state != "COMPLETED" else None
+    if outcome.kind == "requeue" and has_ended(state):
+        # Cancelled while it was queued again, or refused by Slurm: no attempt is left to say so.
+        return outcome.sentence().replace("TO BE REQUEUED", f"{state}, though it was to be requeued", 1)
+    return outcome.sentence()
 
 
 def _when(evaluation: Mapping[str, Any]) -> str:

@@ -215,6 +215,13 @@ def test_while_it_waits_the_queue_says_why_also_between_two_attempts(record: Job
     assert (told["queued"].detail, told["queued"].began) == ("again: BeginTime", START + 60)
     assert {told[name].state for name in ("nodes", "checks", "vLLM", "training")} == {"waiting"}
     assert told["training"].detail == "step 1/10"
+    cancelled = read_status(slurm, Standing("CANCELLED")).outcome
+    assert cancelled == "CANCELLED, though it was to be requeued: preempted"
+
+
+def test_a_job_that_is_cancelled_in_the_queue_says_that_it_never_began(record: JobRecord) -> None:
+    status = read_status(replace(record, kind="slurm"), Standing("CANCELLED"))
+    assert status.outcome == "CANCELLED: the job ended before its script began"
 
 
 def test_nodes_tell_when_they_were_allocated_where_they_are_and_whether_they_are_fit(record: JobRecord) -> None:
