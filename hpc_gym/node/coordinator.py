@@ -30,6 +30,8 @@ from hpc_gym.node.stall import StepWatch
 from hpc_gym.node.verdict import Task, Verdict
 from hpc_gym.protocol.attempt import STOPPED_AT_CHECKPOINT, Failure, Outcome
 
+DECIDED = "decided.json"
+"""File in the private directory of the coordinator's node: the outcome, as soon as it is decided."""
 JOB_SCRIPT = "job script"
 """Stands for a process where the script of the job itself was killed."""
 JOIN_WITHIN_S = 120.0
@@ -69,6 +71,7 @@ class Coordinator:
         self._token = context.secrets.token
         self._hosts = dict(enumerate(context.hosts))
         self._directory = context.attempt_dir
+        self._private_dir = context.private_dir
         self._journal = Journal(self._directory / "events.jsonl")
         self._peers: dict[int, Peer] = {}
         self._endpoints: dict[int, dict[str, str]] = {}
@@ -160,6 +163,9 @@ class Coordinator:
     async def _stop(self, outcome: Outcome) -> None:
         reason = outcome.sentence()
         self._record("stopping", reason=reason)
+        with contextlib.suppress(OSError):
+            # For the guardian: should this process be killed now, that is not why the attempt ended.
+            (self._private_dir / DECIDED).write_text(outcome.to_json())
         self._order({"type": "stop", "reason": reason})
         await self._until(self._released, self._plan.supervision.stop_within_s)
 
@@ -312,7 +318,7 @@ class Coordinator:
             # Until KillWait is over.
             self._checkpoint(scontrol.QUEUED_AGAIN)
         elif standing.script_killed_by:
-            self._fail(self._script_killed(standing.script_killed_by))
+            self._verdict.script_killed = self._script_killed(standing.script_killed_by)
         elif not self._verdict.cancelled:
             self._verdict.cancelled = "the job received SIGTERM"
         self._changed.set()

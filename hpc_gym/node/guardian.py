@@ -26,7 +26,7 @@ from hpc_gym.node import shared_memory, tree
 from hpc_gym.node.causes import cause_from_log
 from hpc_gym.node.channel import Refused, connect
 from hpc_gym.node.context import NodeContext
-from hpc_gym.node.coordinator import failure_message
+from hpc_gym.node.coordinator import DECIDED, failure_message
 from hpc_gym.node.log_pump import LogPump
 from hpc_gym.node.node_runner import SHARED_MEMORY_RECORD
 from hpc_gym.node.signals import forwarded, start_blocked
@@ -55,7 +55,7 @@ def guard(run_dir: Path) -> Outcome:
 
 
 def _told(context: NodeContext, outcome: Outcome) -> Outcome:
-    """What the supervisor said. Where the coordinator failed and could not, it becomes the attempt's outcome."""
+    """What the supervisor said, or is said of it. Where the coordinator could not, it becomes the attempt's outcome."""
     if context.node.rank == 0 and Outcome.read(context.attempt_dir) is None:
         outcome.write(context.run_dir, context.attempt_dir)
     return outcome
@@ -158,12 +158,12 @@ def _report_death(context: NodeContext, log: Path, code: int, stopped_s: float) 
     outcome = Outcome("failed", failure=failure)
     if stopped_s:
         outcome = Outcome("requeue", "a node was lost", (socket.gethostname(),), failure)
-    if node.rank == 0:
-        if Outcome.read(context.attempt_dir) is None:
-            outcome.write(context.run_dir, context.attempt_dir)
-    else:
+    if node.rank != 0:
         report(context, failure)
-    return outcome
+        return outcome
+    with contextlib.suppress(OSError, ValueError):
+        outcome = Outcome.from_json((context.private_dir / DECIDED).read_text())
+    return _told(context, outcome)
 
 
 def report(context: NodeContext, failure: Failure) -> bool:

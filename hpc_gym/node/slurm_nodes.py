@@ -88,7 +88,7 @@ class SlurmNodes:
             time.sleep(0.1)
         if -code in _FROM_OUTSIDE and Outcome.read(self._context.attempt_dir) is None:
             return self._srun_killed(code)
-        return self._outcome(code)
+        return self._outcome(code, srun.last_words())
 
     def end(self, outcome: Outcome) -> int:
         """Does to the Slurm job what the outcome asks for; the exit code where there is still a job to exit from."""
@@ -165,7 +165,7 @@ class SlurmNodes:
             time.sleep(0.3)
         return outcome
 
-    def _outcome(self, srun_code: int) -> Outcome:
+    def _outcome(self, srun_code: int, words: str) -> Outcome:
         deadline = time.monotonic() + _OUTCOME_MAY_TAKE_S
         while (outcome := Outcome.read(self._context.attempt_dir)) is None and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -182,7 +182,7 @@ class SlurmNodes:
         elif outcome is not None:
             return outcome
         else:
-            corrected = self._of_srun(self._without_outcome(srun_code))
+            corrected = self._of_srun(self._without_outcome(srun_code, words))
         return self._wrote(corrected)
 
     def _of_srun(self, failure: Failure) -> Outcome:
@@ -205,14 +205,14 @@ class SlurmNodes:
         node = self._plan.nodes[rank]
         return Failure(node.role, node.name, "supervisor", cause, str(log), self._context.attempt, time.time(), code)
 
-    def _without_outcome(self, code: int) -> Failure:
+    def _without_outcome(self, code: int, words: str) -> Failure:
         """What is said when no coordinator lived to say it: the first task's error, else srun's."""
         for node in self._plan.nodes:
             log = self._submitit(f"{node.rank}_log.err")
             if cause := cause_from_log(log):
                 return self._failure(cause, log, node.rank)
-        cause = cause_from_log(self._submitit("batch.out"))
-        return self._failure(f"srun ended without an outcome of the attempt: {cause}", code=code)
+        failure = self._failure(f"there is no outcome of the attempt; its last words: {words or 'none'}", code=code)
+        return dataclasses.replace(failure, process="srun")
 
     def _submitit(self, name: str) -> Path:
         return Path(self._plan.run_dir) / "submitit" / f"{self._job_id}_{name}"

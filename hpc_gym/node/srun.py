@@ -12,11 +12,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 _ENDED = re.compile(r"srun: error: (?P<host>[^:\s]+): tasks? (?P<tasks>[\d,-]+): (?P<how>.+)")
 _EXIT_CODE = re.compile(r"Exited with exit code (\d+)")
+_WORDS = 3
 _RANGE = re.compile(r"\[(\w+)[^\]]*\]")
 _SIGNALS = {signal.strsignal(number): number.name for number in signal.Signals}
 
@@ -41,6 +43,7 @@ class Srun:
     def __init__(self, command: Sequence[str]) -> None:
         self.ends: list[TaskEnd] = []
         """In the order in which srun told of them."""
+        self._words: deque[str] = deque(maxlen=_WORDS)
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -60,6 +63,10 @@ class Srun:
             self._listener.join(1.0)
         return code
 
+    def last_words(self) -> str:
+        """The newest lines it said, in one."""
+        return " / ".join(dict.fromkeys(self._words))
+
     def kill(self) -> None:
         self._process.kill()
 
@@ -68,7 +75,9 @@ class Srun:
         for line in self._process.stderr:
             sys.stderr.buffer.write(line)
             sys.stderr.buffer.flush()
-            self.ends.extend(task_ends(line.decode(errors="replace")))
+            text = line.decode(errors="replace")
+            self._words.append(text.strip())
+            self.ends.extend(task_ends(text))
 
 
 def task_ends(line: str) -> Iterator[TaskEnd]:

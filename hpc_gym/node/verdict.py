@@ -32,6 +32,8 @@ class Verdict:
     """Who asked for the end."""
     checkpoint: str = ""
     """Why tasks were asked to stop at a checkpoint."""
+    script_killed: Failure | None = None
+    """The job script is dead: nobody could queue the job again."""
     overdue: bool = False
     """The time that was allowed for that checkpoint is over."""
 
@@ -55,6 +57,8 @@ class Verdict:
             )
         if self.cancelled:
             return Outcome("cancelled", self.cancelled)
+        if self.script_killed is not None:
+            return Outcome("failed", failure=self.script_killed)
         if self.checkpoint:
             over = self.overdue or self.lost or self._cannot_save()
             return Outcome("requeue", self.checkpoint, self._bad_hosts()) if over else None

@@ -188,6 +188,16 @@ def test_a_killed_supervisor_ends_the_job_and_leaves_nothing(job: MakeJob, rank:
     assert run.left(marker) == []
 
 
+def test_a_coordinator_that_is_killed_while_it_stops_the_job_does_not_hide_why(job: MakeJob) -> None:
+    run = job([service("deaf", IGNORES_SIGTERM)], [task("rank-0", EXITS_WITH_3)]).start()
+    marker = run.until(run.marker_if_known)
+    run.until(lambda: run.events("stopping"))
+    os.kill(run.supervisor(0), signal.SIGKILL)
+    assert run.wait() == 1
+    assert (run.failure().process, run.failure().exit_code) == ("rank-0", 3)
+    assert run.left(marker) == []
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("both", [False, True])
 def test_a_killed_guardian_ends_the_job_and_leaves_nothing(job: MakeJob, rank: int, both: bool) -> None:

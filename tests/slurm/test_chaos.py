@@ -94,6 +94,7 @@ def test_whatever_happens_a_job_goes_on_or_ends_leaves_nothing_and_tells_the_tru
     print(story, flush=True)
     wrong = [] if "Traceback" not in (said := hpc_gym(run, "status")) else [said]
     wrong += judge(run, struck, requeues, before)
+    print("\n".join(wrong), flush=True)
     again = f"HPC_GYM_CHAOS_SEEDS={seed} pytest -m slurm tests/slurm/test_chaos.py"
     assert not wrong, "\n".join([story, again, "", *wrong, "", run.story(), *logs_of(run)])
 

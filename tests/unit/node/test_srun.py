@@ -45,6 +45,7 @@ def test_the_words_of_a_running_srun_are_heard_and_passed_on(capfdbinary: pytest
         time.sleep(0.05)
     assert [end.host for end in srun.ends] == ["node1"]
     assert srun.code() is None
+    assert srun.last_words() == "srun: error: node1: task 0: Killed"
     srun.kill()
     while (code := srun.code()) is None and time.monotonic() < deadline:
         time.sleep(0.05)

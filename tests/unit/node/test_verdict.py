@@ -93,6 +93,12 @@ def test_a_lost_node_whose_name_nobody_knows_is_not_excluded() -> None:
     assert "without" not in outcome.sentence()
 
 
+def test_without_its_script_a_job_cannot_be_requeued_and_fails() -> None:
+    killed = failure("job script", "from outside", "SIGKILL")
+    verdict = Verdict(TASKS, checkpoint="time limit", overdue=True, script_killed=killed)
+    assert verdict.outcome() == Outcome("failed", failure=killed)
+
+
 def test_an_outcome_reads_back_as_it_was_written() -> None:
     outcome = Outcome("requeue", "a node was lost", ("node3",), failure("supervisor", signal="SIGKILL"))
     assert Outcome.from_json(outcome.to_json()) == outcome
