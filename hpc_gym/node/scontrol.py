@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 PREEMPTED = "the job was preempted"
@@ -82,16 +82,21 @@ def requeue(job_id: str, exclude: Sequence[str]) -> str:
     """
     if refusal := _requeue(job_id):
         return refusal
+    leave_out(job_id, exclude)
+    return ""
+
+
+def leave_out(job_id: str, hosts: Sequence[str]) -> None:
+    """Lets a job that waits start on other nodes than `hosts`; says so where Slurm refuses."""
     deadline = time.monotonic() + 5
-    while exclude:
-        told = _run(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(exclude)}"])
+    while hosts:
+        told = _run(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(hosts)}"])
         if told.returncode == 0:
             break
         if time.monotonic() > deadline:
-            print(f"the job is queued again, but not without {', '.join(exclude)}: {told.stderr.strip()}", flush=True)
+            print(f"job {job_id} waits, but not without {', '.join(hosts)}: {told.stderr.strip()}", flush=True)
             break
         time.sleep(0.2)
-    return ""
 
 
 def _requeue(job_id: str) -> str:
@@ -129,6 +134,30 @@ def excluded(job_id: str) -> list[str]:
     text = _run(["scontrol", "--oneliner", "show", "job", job_id]).stdout
     found = re.findall(r"\bExcNodeList=(\S+)", text)
     return [name for name in found[:1] if name != "(null)"]
+
+
+def fields(job_id: str) -> dict[str, str]:
+    """What Slurm says of a job, or of one component by its own id; empty where it could not be asked."""
+    for line in _run(["scontrol", "--oneliner", "show", "job", job_id]).stdout.splitlines():
+        found = dict(field.partition("=")[::2] for field in line.split() if "=" in field)
+        if found.get("JobId") == job_id:
+            return found
+    return {}
+
+
+def update(job_id: str, changes: Mapping[str, str]) -> str:
+    """Changes a job, or one component by its own id; why Slurm refused, or "".
+
+    With SLURM_JOB_ID in its environment, scontrol writes scripts for a shell that lives through a change of the size.
+    """
+    command = ["env", "-u", "SLURM_JOB_ID", "-u", "SLURM_JOBID", "scontrol", "update", f"JobId={job_id}"]
+    told = _run([*command, *(f"{name}={value}" for name, value in changes.items())])
+    return "" if told.returncode == 0 else told.stderr.strip() or f"scontrol update exited with {told.returncode}"
+
+
+def hostnames(nodes: str) -> list[str]:
+    """The nodes of a list in Slurm's spelling, as `node[1-3]`."""
+    return _run(["scontrol", "show", "hostnames", nodes]).stdout.split()
 
 
 def _run(command: list[str], within_s: float = _CONTROLLER_MAY_BE_AWAY_S) -> subprocess.CompletedProcess[str]:

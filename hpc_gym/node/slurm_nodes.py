@@ -14,13 +14,14 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Literal
 
 from hpc_gym.node import attempt as attempts
-from hpc_gym.node import scontrol
+from hpc_gym.node import lost_nodes, scontrol
 from hpc_gym.node.causes import cause_from_log
 from hpc_gym.node.channel import Message, Refused, connect
 from hpc_gym.node.context import NodeContext
@@ -59,6 +60,7 @@ class SlurmNodes:
         self._command = command
         self._job_id = os.environ["HPC_GYM_JOB_ID"]
         self._context = NodeContext.from_environment(run_dir, {**os.environ, "HPC_GYM_NODE_RANK": "0"})
+        self._parts = lost_nodes.components(os.environ)
         self._to_forward: list[str] = []
         for signum in (signal.SIGUSR2, signal.SIGINT):
             signal.signal(signum, self._note)
@@ -69,6 +71,8 @@ class SlurmNodes:
         """Runs srun and returns the outcome of the attempt."""
         if scontrol.has_outlived_its_leader(self._job_id):
             return self._wrote(Outcome("requeue", "Slurm requeued the first component without the others"))
+        if 0 < (given := sum(len(part.hosts) for part in self._parts)) < len(self._plan.nodes):
+            return self._wrote(Outcome("requeue", f"Slurm gave the job {given} of its {len(self._plan.nodes)} nodes"))
         srun, known_since, told = Srun(self._command), 0.0, False
         while (code := srun.code()) is None:
             if self._to_forward and self._tell({"type": "signal", "signal": self._to_forward[0]}) == "told":
@@ -92,6 +96,7 @@ class SlurmNodes:
 
     def end(self, outcome: Outcome) -> int:
         """Does to the Slurm job what the outcome asks for; the exit code where there is still a job to exit from."""
+        self._parts = lost_nodes.let_go(self._parts, outcome.exclude)
         if outcome.kind == "requeue" and (in_vain := self._in_vain()) > _REQUEUES_IN_VAIN:
             cause = f"{in_vain} attempts in a row ended before their first training step: {outcome.reason}"
             outcome = self._wrote(Outcome("failed", failure=outcome.failure or self._failure(cause)))
@@ -103,17 +108,38 @@ class SlurmNodes:
         print(outcome.sentence(), flush=True)
         if outcome.kind == "requeue":
             if self._plan.launch.chain:
-                print("the next job of the chain goes on from the last checkpoint", flush=True)
+                self._hand_on()
             elif refusal := scontrol.requeue(self._job_id, self._excluded()):
                 print(f"Slurm does not requeue job {self._job_id}: {refusal}", flush=True)
                 print(f"`hpc-gym resume {self._plan.name}` goes on from the last checkpoint", flush=True)
+            else:
+                sizes = Counter(node.component for node in self._plan.nodes)
+                lost_nodes.restore(self._parts, [sizes[index] for index in range(len(self._parts))])
         return outcome.exit_code
+
+    def _hand_on(self) -> None:
+        """Prepares the next job of the chain, which starts when this one has ended; the last one has none."""
+        waiting = self._waiting()
+        if not waiting:
+            print(f"job {self._job_id} was the last one of the chain (cluster.chain)", flush=True)
+            print(f"`hpc-gym resume {self._plan.name}` goes on from the last checkpoint", flush=True)
+            return
+        for job_id in waiting:
+            scontrol.leave_out(job_id, self._excluded())
+        print(f"job {waiting[0]}, the next one of the chain, goes on from the last checkpoint", flush=True)
 
     def _end_chain(self) -> None:
         """Cancels the jobs that wait to go on: there is nothing left to do."""
-        if self._plan.launch.chain:
-            record = json.loads((Path(self._plan.run_dir) / "job.json").read_text())
-            scontrol.cancel([job_id for job_id in record["chain"] if job_id != self._job_id])
+        if waiting := self._waiting():
+            scontrol.cancel(waiting)
+
+    def _waiting(self) -> list[str]:
+        """The jobs of the chain after this one, in order."""
+        if not self._plan.launch.chain:
+            return []
+        record = json.loads((Path(self._plan.run_dir) / "job.json").read_text())
+        jobs = [record["job_id"], *record["chain"]]
+        return jobs[jobs.index(self._job_id) + 1 :] if self._job_id in jobs else []
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self._to_forward.append(signal.Signals(number).name)
@@ -236,10 +262,14 @@ class SlurmNodes:
         return {int(row["attempt"]) for row in rows if "attempt" in row}
 
     def _excluded(self) -> list[str]:
-        """Hosts that the next attempt is to do without: the bad ones of all attempts, and the profile's own."""
+        """Hosts that the next attempt is to do without: the bad ones of the job's attempts, and the profile's own."""
         folder = self._context.attempt_dir.parent
-        outcomes = [Outcome.read(folder / str(number)) for number in range(1, self._context.attempt + 1)]
-        hosts = [host for outcome in outcomes if outcome for host in outcome.exclude if host]
+        hosts: list[str] = []
+        for number in range(self._context.attempt, 0, -1):
+            outcome = Outcome.read(folder / str(number))
+            if outcome is not None and outcome.kind != "requeue":
+                break  # the end of a job that this one resumes: its bad nodes may be well again
+            hosts = [*(host for host in (outcome.exclude if outcome else ()) if host), *hosts]
         if not hosts:
             return []
         return list(dict.fromkeys([*scontrol.excluded(self._job_id), *hosts]))

@@ -119,16 +119,27 @@ def test_nodes_lost_three_times_in_a_row_fail_the_job(submit: Submit) -> None:
     assert "role train, node train-0" in run.output().splitlines()[-1]
 
 
-def test_where_requeues_are_not_allowed_the_next_job_of_a_chain_goes_on_and_the_rest_vanish(submit: Submit) -> None:
+@pytest.mark.parametrize("what", ["time limit", "node crash"])
+def test_where_requeues_are_not_allowed_the_next_job_of_a_chain_goes_on_and_the_rest_vanish(
+    submit: Submit, what: str
+) -> None:
     run = small_job(submit, chain=2)
     first, second, third = run.job.record.job_ids
-    run.cluster.slurm("scancel", "--batch", "--signal=USR2", first)
-    run.until(lambda: run.events("joined", attempt=2), 60)
+    lost = run.host("train-1") if what == "node crash" else ""
+    if lost:
+        run.cluster.crash(lost)
+    else:
+        run.cluster.slurm("scancel", "--batch", "--signal=USR2", first)
+    run.until(lambda: run.events("joined", attempt=2), run.patience)
     assert run.job.get_info()["State"] == "RUNNING"
+    assert f"job {second}, the next one of the chain, goes on from the last checkpoint" in run.output()
+    told = run.cluster.slurm("scontrol", "show", "job", second)
+    assert f"ExcNodeList={lost or '(null)'}" in told
     run.freed()
     assert run.job.get_info()["State"] == "COMPLETED", run.story()
-    states = run.cluster.slurm("squeue", "-h", "-t", "all", "-o", "%i %T").splitlines()
-    assert {f"{first} FAILED", f"{second} COMPLETED", f"{third} CANCELLED"} <= set(states)
+    states = dict(line.split() for line in run.cluster.slurm("squeue", "-h", "-t", "all", "-o", "%i %T").splitlines())
+    assert states[first] in ("FAILED", "NODE_FAIL")
+    assert (states[second], states[third]) == ("COMPLETED", "CANCELLED")
     assert not run.attempt(3).exists()
 
 
