@@ -12,7 +12,7 @@ from pathlib import Path
 from hpc_gym.config.compose import compose
 from hpc_gym.config.validate import validate
 from hpc_gym.errors import UserError
-from hpc_gym.jobs import local, records
+from hpc_gym.jobs import local, records, slurm
 from hpc_gym.jobs.job import HpcgymJob
 from hpc_gym.jobs.request import Request
 from hpc_gym.jobs.state import CANCEL_MARK, has_ended, job_state, last_outcome
@@ -99,7 +99,8 @@ def prepare_resumption(job: str = "latest", overrides: Sequence[str] = ()) -> Re
     record = records.find(job)
     run_dir = Path(record.run_dir)
     state = job_state(record)
-    if not has_ended(state):
+    # What ended hard is UNKNOWN once Slurm has forgotten it, where there is no accounting.
+    if not has_ended(state) and not (record.kind == "slurm" and state == "UNKNOWN" and not slurm.is_in_queue(record)):
         raise UserError(f"job {record.job_id} is {state}: `hpc-gym cancel {record.name}` first")
     before = Plan.read(run_dir)
     adapted = _adapted(run_dir / "experiment.yaml", overrides, before)

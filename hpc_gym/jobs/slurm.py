@@ -69,6 +69,13 @@ def standings(records: Sequence[JobRecord]) -> dict[str, Standing]:
     }
 
 
+def is_in_queue(record: JobRecord) -> bool:
+    """Whether the job, or a link of its chain, waits or runs. Raises UserError when the controller does not answer."""
+    # Not by --jobs: of a job that it has forgotten squeue says the same as when it has lost its way.
+    listed = ask(["squeue", "--all", "--noheader", "--format=%i"]).split()
+    return not {name.partition("+")[0] for name in listed}.isdisjoint(record.job_ids)
+
+
 def _of_chain(links: list[Standing]) -> Standing:
     live = [each for each in links if each.state in _LIVING]
     # A link that was not needed any more is CANCELLED, without having run.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from cluster import Cluster
@@ -12,9 +13,11 @@ from small_project import Project, project
 from hpc_gym import submit
 from hpc_gym.errors import UserError
 from hpc_gym.jobs.job import HpcgymJob
+from hpc_gym.jobs.records import JobRecord
 from hpc_gym.jobs.rendering import render
 from hpc_gym.jobs.resume import resume
 from hpc_gym.plan.plan import Plan
+from hpc_gym.protocol.attempt import Outcome
 
 __all__ = ["project"]
 
@@ -66,6 +69,33 @@ def test_another_number_of_training_nodes_goes_on_with_the_same_step(waiting: Hp
     assert Plan.read(waiting.run_dir).training.grpo["gradient_accumulation_steps"] == 4
     with pytest.raises(UserError, match="5 training ranks cannot share the step"):
         resume(str(waiting.run_dir), ["nodes.train=5"])
+
+
+def test_a_job_that_slurm_has_forgotten_is_resumed(waiting: HpcgymJob) -> None:
+    waiting.cancel()
+    record = JobRecord.read(waiting.run_dir)
+    replace(record, job_id="1").write()
+    assert HpcgymJob.find(str(waiting.run_dir)).state == "UNKNOWN"
+    again = resume(str(waiting.run_dir))
+    assert again.state == "PENDING"
+    again.cancel()
+
+
+def test_a_run_that_slurm_refuses_to_go_on_with_stays_as_it_was(waiting: HpcgymJob) -> None:
+    waiting.cancel()
+    attempt = waiting.run_dir / "attempts" / "1"
+    attempt.mkdir(parents=True)
+    (attempt.parent / "latest").symlink_to("1")
+    (attempt / "outcome.json").write_text(Outcome("cancelled", "by its user").to_json())
+    kept = ("experiment.yaml", "plan.json", "job.sh", "job.json", "attempts/latest/outcome.json")
+    before = [(waiting.run_dir / name).read_bytes() for name in kept]
+    with pytest.raises(UserError, match="invalid partition specified: nowhere"):
+        resume(str(waiting.run_dir), ["cluster.slurm.partition=nowhere", "nodes.train=4"])
+    assert [(waiting.run_dir / name).read_bytes() for name in kept] == before
+    assert not (waiting.run_dir / "secrets").exists()
+    again = resume(str(waiting.run_dir))
+    assert again.state == "PENDING"
+    again.cancel()
 
 
 def test_a_resumed_run_keeps_its_name_and_place(waiting: HpcgymJob) -> None:

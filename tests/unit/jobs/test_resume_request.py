@@ -72,6 +72,7 @@ def ended(project: Project) -> Ended:
     [
         (["nodes.train=4"], {"grpo.per_device_train_batch_size": 3}),
         (["nodes.train=1"], {"grpo.gradient_accumulation_steps": 2}),
+        (["nodes.train=3"], {"grpo.per_device_train_batch_size": 4}),  # the old batch would cut a group on so many
         (["nodes.train=3", "ranks_per_node=4"], {"grpo.per_device_train_batch_size": 1}),
         (["nodes.train=1", "ranks_per_node=2"], {}),
         (["nodes.rollout=3"], {}),
