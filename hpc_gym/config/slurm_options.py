@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from hpc_gym.config.problems import Problem, nearest
+from hpc_gym.config.problems import Problem, nearest, value_text
 from hpc_gym.config.provenance import KeyPath
 
 ROLES = ("rollout", "train", "judge", "environment")
@@ -83,6 +84,10 @@ SRUN_OWNED = {
 }
 
 
+_TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|unlimited|infinite", re.IGNORECASE)
+"""A time as sbatch(1) has it."""
+
+
 def slurm_problems(tree: dict[str, Any]) -> list[Problem]:
     """Unknown options, and those that hpc-gym owns, in `cluster.slurm` and `cluster.srun` of a composed experiment."""
     cluster = tree.get("cluster")
@@ -96,8 +101,8 @@ def slurm_problems(tree: dict[str, Any]) -> list[Problem]:
         path: KeyPath = ("cluster", "slurm", name)
         if name in ROLES:
             inner = value if isinstance(value, dict) else {}
-            problems += [found for key in inner if (found := _problem((*path, key), key, ()))]
-        elif found := _problem(path, name, ROLES):
+            problems += [found for key, each in inner.items() if (found := _problem((*path, key), key, each, ()))]
+        elif found := _problem(path, name, value, ROLES):
             problems.append(found)
     return problems
 
@@ -117,10 +122,13 @@ def _srun_problem(name: str) -> Problem | None:
     return None
 
 
-def _problem(path: KeyPath, name: str, sections: tuple[str, ...]) -> Problem | None:
+def _problem(path: KeyPath, name: str, value: Any, sections: tuple[str, ...]) -> Problem | None:
     option = name.replace("_", "-")
     if option in OWNED:
         return Problem(path, f"hpc-gym owns this directive: {OWNED[option]}.")
     if option not in ALLOWED:
         return Problem(path, f"sbatch has no such option; {nearest(option, ALLOWED | set(sections))}")
+    if option in ("time", "time-min") and isinstance(value, str | int | float) and not _TIME.fullmatch(str(value)):
+        allowed = "minutes, or as 12:00:00 or 2-00:00:00 (days-hours:minutes:seconds)"
+        return Problem(path, f"{value_text(value)} is no time as sbatch takes it; allowed: {allowed}.")
     return None

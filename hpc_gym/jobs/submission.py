@@ -57,7 +57,7 @@ def start(request: Request, job_id: str) -> JobRecord:
             process = local.start(run_dir, job_id)
         else:
             for _ in range(1 + plan.launch.chain):
-                jobs.append(slurm.submit(run_dir, after=jobs[-1] if jobs else None))
+                jobs.append(_to_slurm(plan, jobs[-1] if jobs else None))
             job_id = jobs[0]
         record = JobRecord(
             job_id=job_id,
@@ -77,6 +77,29 @@ def start(request: Request, job_id: str) -> JobRecord:
             slurm.cancel_jobs(jobs)
         raise
     return record
+
+
+def _to_slurm(plan: Plan, after: str | None) -> str:
+    """The id of the job that sbatch makes. Its refusals are short: the checks know what would be allowed."""
+    try:
+        return slurm.submit(Path(plan.run_dir), after)
+    except UserError as error:
+        _, refused, told = str(error).partition("job.sh failed: ")
+        if not refused:
+            raise
+        told = told.replace("sbatch: error: ", "").replace("Batch job submission failed: ", "")
+        reasons = list(dict.fromkeys(line.strip().rstrip(".") for line in told.splitlines()))
+        lines = [f"Slurm refuses the job: {'; '.join(reasons)}."]
+        if "contact" not in told:
+            from hpc_gym.jobs.slurm_check import slurm_findings
+
+            failed = [each for each in slurm_findings(plan) if each.status == "failed"]
+            lines += [f"  {each.check}: {each.detail}" for each in failed if each.check not in ("slurm", "sbatch")]
+        lines.append(
+            "sbatch's options are in cluster.slurm: `hpc-gym show EXPERIMENT --why cluster.slurm` says who set them, "
+            "`hpc-gym check EXPERIMENT` all that is wrong."
+        )
+        raise UserError("\n".join(lines)) from None
 
 
 def _make_run_directory(request: Request, dump: Callable[[Path], None], job_id: str) -> None:

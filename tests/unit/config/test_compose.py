@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hpc_gym.config.compose import Composed, compose
 from hpc_gym.config.document import parse_value, read_document
@@ -263,10 +264,22 @@ def test_a_file_that_is_no_text_is_refused(folder: Path) -> None:
 
 
 def test_numbers_are_read_as_people_write_them(folder: Path) -> None:
-    write(folder, top="vars: {a: 1e-5, b: 1.0e-5, c: 2E3, d: 007x, e: 2026-11-20, f: -1e+2}\n")
+    write(folder, top="vars: {a: 1e-5, b: 1.0e-5, c: 2E3, d: 007x, e: 2026-11-20, f: -1e+2, g: 24:00:00, h: 1:30.5}\n")
     tree = read_document(folder / "top.yaml").tree["vars"]
-    assert tree == {"a": 1e-5, "b": 1e-5, "c": 2000.0, "d": "007x", "e": "2026-11-20", "f": -100.0}
+    assert tree == {
+        **{"a": 1e-5, "b": 1e-5, "c": 2000.0, "d": "007x", "e": "2026-11-20", "f": -100.0},
+        **{"g": "24:00:00", "h": "1:30.5"},
+    }
     assert parse_value("1e-5") == 1e-5
+    assert parse_value("48:00:00") == "48:00:00"
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "-5", "+5", "1_000", "0x1F", "017", "0b101", "1.5", ".5", "1.", "6.02e+23", ".inf", "-.INF", "12"]
+)
+def test_other_numbers_are_those_of_yaml(text: str) -> None:
+    expected = yaml.safe_load(text)
+    assert (parse_value(text), type(parse_value(text))) == (expected, type(expected))
 
 
 def test_anchors_and_merge_keys_work(folder: Path) -> None:

@@ -144,6 +144,16 @@ def test_wrong_values_are_refused_with_what_is_allowed(folder: Path, text: str, 
             "top.yaml:2: cluster.slurm.partitoin: sbatch has no such option; did you mean 'partition'?",
         ),
         (
+            "cluster: {slurm: {train: {time: a day}}}\n",
+            "top.yaml:2: cluster.slurm.train.time: 'a day' is no time as sbatch takes it; allowed: minutes, or as "
+            "12:00:00 or 2-00:00:00 (days-hours:minutes:seconds).",
+        ),
+        (
+            "cluster: {slurm: {time: -5}}\n",
+            "top.yaml:2: cluster.slurm.time: -5 is no time as sbatch takes it; allowed: minutes, or as 12:00:00 or "
+            "2-00:00:00 (days-hours:minutes:seconds).",
+        ),
+        (
             "cluster: {slurm: {nodes: 4}}\n",
             "top.yaml:2: cluster.slurm.nodes: hpc-gym owns this directive: hpc-gym counts them: set nodes.rollout "
             "and nodes.train.",
