@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 
+import pytest
 from slurm_jobs import FOREVER, SlurmJob, outcome_of, resumed, service, task
 from storage import Storage, storage
 
@@ -15,6 +16,8 @@ from hpc_gym.training.metrics import read_lines
 __all__ = ["storage"]
 
 Submit = Callable[..., SlurmJob]
+
+PREEMPTED_TOGETHER = ({"nodes": 1, "partition": "preempt"}, {"nodes": 2, "partition": "preempt", "gpus_per_node": 2})
 
 # Steps with a metrics row and a checkpoint each, as the trainer makes them, with the trainer's own parts.
 TRAINER = """
@@ -73,8 +76,9 @@ def steps(run: SlurmJob) -> list[tuple[int, int]]:
     return [(row["attempt"], row["step"]) for row in read_lines(run.run_dir / "metrics.jsonl")]
 
 
+@pytest.mark.parametrize("components", [(), PREEMPTED_TOGETHER], ids=["plain", "heterogeneous"])
 def test_a_job_preempted_in_the_middle_of_a_long_rollout_drops_it_saves_and_goes_on_at_the_saved_step(
-    submit: Submit,
+    submit: Submit, components: tuple[dict[str, object], ...]
 ) -> None:
     rollouts = """
 if attempt == 2:
@@ -96,7 +100,7 @@ if os.environ['HPC_GYM_ATTEMPT'] == '2': sys.exit(0)
 signal.signal(signal.SIGUSR2, lambda *_: sys.exit(85))
 while True: time.sleep(0.1)
 """
-    run = job(submit, rollouts, follower, options={"partition": "preempt"})
+    run = job(submit, rollouts, follower, options={"partition": "preempt"}, components=components)
     run.said("train-0-rank-0", "a rollout of minutes")
     begin = time.time()
     run.cluster.slurm("sbatch", "-pgpu", "-N5", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 5")
