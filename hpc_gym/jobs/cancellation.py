@@ -40,8 +40,6 @@ def cancel(record: JobRecord, wait: bool = True) -> Cancellation:
     begin = time.monotonic()
     if _wait(record, begin + patience(record)):
         left = local.kill(record) if record.kind == "local" else []
-        # Of a job that was still queued nobody else does it.
-        attempts.end(Path(record.run_dir))
         return _told(record, f"has stopped after {time.monotonic() - begin:.1f} s", left)
     if record.kind == "local":
         return _told(record, f"did not stop within {patience(record):g} s and was killed", local.kill(record))
@@ -67,6 +65,8 @@ def _wait(record: JobRecord, deadline: float) -> bool:
 
 
 def _told(record: JobRecord, what: str, left: list[Proc]) -> Cancellation:
+    # Of a job that was still queued, or was killed in its first moments, nobody else does it.
+    attempts.end(Path(record.run_dir))
     if left:
         pids = ", ".join(str(proc.pid) for proc in left)
         return Cancellation(False, f"job {record.job_id} {what}, but processes of it do not die: {pids}")

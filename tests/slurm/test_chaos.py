@@ -148,7 +148,10 @@ def judge(run: SlurmJob, struck: list[Struck], requeues: int, before: set[str]) 
         wrong.append(f"processes are left: {left}")
     if folders := {each for each in left_in_folders(run) - before if each.partition(":")[0] not in crashed}:
         wrong.append(f"files are left: {sorted(folders)}")
-    if (run.run_dir / "secrets").exists() and attempts:
+    if not run.events("outcome"):
+        # It was ended before there was anybody to clean up.
+        run.job.cancel()
+    if (run.run_dir / "secrets").exists():
         wrong.append(f"secrets are left: {[each.name for each in (run.run_dir / 'secrets').iterdir()]}")
     return wrong + wrong_with_the_steps(run, state == "COMPLETED") + wrong_with_the_words(run, state, struck)
 
