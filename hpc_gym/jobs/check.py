@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hpc_gym.config.problems import Problem, problem_line
 from hpc_gym.jobs.findings import Finding
-from hpc_gym.jobs.storage_check import storage_findings, weight_bytes
+from hpc_gym.jobs.storage_check import size_text, storage_findings, weight_bytes
 from hpc_gym.plan.checks import default_hub_cache, refuse_absent_hub_model
 from hpc_gym.plan.plan import Plan, Runtime
 from hpc_gym.plan.processes import BASE
@@ -93,7 +93,7 @@ def missing_runtimes(plan: Plan) -> list[str]:
 def _model(what: str, model: str, plan: Plan) -> Finding:
     folder = Path(model)
     if folder.is_absolute():
-        return Finding(what, "ok", f"{folder}, {weight_bytes(folder) / 1e9:.1f} GB of weights")
+        return Finding(what, "ok", f"{folder}, {size_text(weight_bytes(folder))} of weights")
     key = "judge.model" if what == "judge" else "model.path"
     home = plan.env.get("HF_HOME")
     cache = Path(plan.env.get("HF_HUB_CACHE") or (f"{home}/hub" if home else Path.home() / ".cache/huggingface/hub"))

@@ -112,6 +112,7 @@ def _time(plan: Plan, options: Directives, components: list[Directives], partiti
     fields = partitions.get(_names(options)[0], {})
     wanted = _time_text(options, components, fields)
     limit, most = minutes(wanted), minutes(fields.get("MaxTime", "UNLIMITED"))
+    wanted += " min" if wanted.isdigit() else ""
     margin = plan.supervision.time_limit_margin_s / 60
     if limit > most:
         where = f"partition '{fields['PartitionName']}'"

@@ -54,6 +54,9 @@ def _unseen(plan: Plan) -> Iterator[Finding]:
     needed["model"] = plan.training.model
     for source in (*plan.training.sources, *plan.training.evaluation.sources):
         needed[f"rows of {source.environment}"] = source.path
+    links = {link.target for node in plan.nodes for process in node.processes for link in process.links}
+    inside = tuple(runtime.root for runtime in plan.runtimes.values())
+    needed |= {f"code of {Path(each).name}": each for each in sorted(links) if not each.startswith(inside)}
     unseen: dict[str, list[str]] = {}
     for what, path in needed.items():
         if Path(path).is_absolute() and Path(path).exists() and (kind := node_local(Path(path))):
@@ -85,8 +88,16 @@ def _room(plan: Plan, folder: Path) -> Finding:
     # One more than is kept, for the newest is written before the oldest goes; and the model that is exported.
     wanted = weights * (_CHECKPOINT_BYTES_PER_WEIGHT_BYTE * (plan.training.checkpoints_kept + 1) + 1)
     free = shutil.disk_usage(folder).free
-    detail = f"{free / 1e9:.0f} GB free; checkpoints and the model want about {wanted / 1e9:.1f} GB"
+    told = (
+        f"checkpoints and the model want about {size_text(wanted)}" if weights else "what the model takes is not known"
+    )
+    detail = f"{free / 1e9:.0f} GB free; {told}"
     return Finding("room", "ok" if free > wanted else "failed", detail)
+
+
+def size_text(size: float) -> str:
+    """So many bytes, as a person reads them."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def weight_bytes(folder: Path) -> int:

@@ -12,6 +12,7 @@ from hpc_gym.errors import UserError
 from hpc_gym.jobs.check import check_experiment
 from hpc_gym.jobs.findings import Finding
 from hpc_gym.jobs.slurm_values import minutes
+from hpc_gym.jobs.storage_check import size_text
 
 __all__ = ["project"]
 
@@ -129,3 +130,17 @@ def test_the_command_exits_with_1_when_a_check_failed_and_2_when_the_experiment_
 )
 def test_times_are_read_as_sbatch_reads_them(text: str, expected: float) -> None:
     assert minutes(text) == expected
+
+
+def test_each_finding_is_one_line_for_a_program_and_paths_stay_whole(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    run(["check", str(project.write()), "nodes.train=3", "grpo.num_generations=3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert f"  ok       {project.folder / 'runs' / 'small'}" in next(line for line in lines if "run directory" in line)
+    assert any(line.endswith(f"3 rows, {project.folder / 'mcqa.jsonl'}") for line in lines)
+
+
+def test_sizes_are_told_as_people_read_them() -> None:
+    assert [size_text(2_100_000), size_text(8_044_000_000)] == ["2.1 MB", "8.0 GB"]
