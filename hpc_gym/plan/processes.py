@@ -166,6 +166,8 @@ def _vllm(experiment: Experiment, names: Names, replica: int, model: str, group:
         ready_within_s=experiment.supervision.vllm_ready_s,
         alive_within_s=experiment.supervision.alive_s,
         restarts=experiment.supervision.restarts,
+        # It has nothing to save, and takes long to end while it loads; Slurm gives a job that it ends KillWait seconds.
+        stop_grace_s=2.0,
     )
     if part == 0:
         return process

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hpc_gym.training.alive import saying_alive
+from hpc_gym.protocol.alive import saying_alive
 from hpc_gym.training.ranks import Ranks
 from hpc_gym.weights.sender import WeightSender, WeightTransferError
 from hpc_gym.weights.wire import TensorSpec, buckets

@@ -12,11 +12,11 @@ from hpc_gym.data.draw import Mixture
 from hpc_gym.data.rows import Rows
 from hpc_gym.plan.plan import DataSource, Plan
 from hpc_gym.plan.plan import Sampling as PlannedSampling
+from hpc_gym.protocol.alive import saying_alive
 from hpc_gym.protocol.client import RolloutClient
 from hpc_gym.protocol.messages import RolloutRequest, Sampling
 from hpc_gym.protocol.notify import notify
 from hpc_gym.protocol.trajectory import Outcome, Trajectory
-from hpc_gym.training.alive import saying_alive
 from hpc_gym.training.stopping import StopRequested, StopSignal
 
 if TYPE_CHECKING:  # it imports torch, which this module does not need

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 from trl import GRPOConfig
 
 from hpc_gym.plan.plan import Plan
+from hpc_gym.protocol.alive import saying_alive
 from hpc_gym.protocol.client import RolloutClient
 from hpc_gym.protocol.notify import notify
-from hpc_gym.training.alive import saying_alive
 from hpc_gym.training.checkpoints import Checkpoint, Checkpoints
 from hpc_gym.training.evaluation import Evaluator
 from hpc_gym.training.export import export_model

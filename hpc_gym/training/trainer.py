@@ -16,8 +16,8 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.utils import logging as transformers_logging
 from trl import GRPOTrainer
 
+from hpc_gym.protocol.alive import saying_alive
 from hpc_gym.protocol.notify import notify
-from hpc_gym.training.alive import saying_alive
 from hpc_gym.training.checkpoints import Checkpoint, Checkpoints
 from hpc_gym.training.evaluation import Evaluator
 from hpc_gym.training.metrics import Recorder

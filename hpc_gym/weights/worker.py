@@ -21,6 +21,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
+from hpc_gym.protocol.alive import saying_alive
 from hpc_gym.protocol.notify import notify
 from hpc_gym.weights.wire import TensorSpec, TransferGroup, Transport, bucket_nbytes, buckets, join_group, unpack
 
@@ -65,14 +66,15 @@ class Engine(WeightTransferEngine[InitInfo, UpdateInfo]):
             return
         parallel = self.parallel_config
         worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
-        self._group = join_group(
-            init_info.transport,
-            init_info.address,
-            init_info.port,
-            init_info.rank_offset + worker,
-            init_info.world_size,
-            init_info.timeout_s,
-        )
+        with saying_alive():  # nobody gets an answer of the engine meanwhile; the others' deadlines end the wait
+            self._group = join_group(
+                init_info.transport,
+                init_info.address,
+                init_info.port,
+                init_info.rank_offset + worker,
+                init_info.world_size,
+                init_info.timeout_s,
+            )
 
     def start_weight_update(self) -> None:
         # After a transfer that broke off, layers hold half of its tensors. vLLM would count them as loaded already and
@@ -99,7 +101,6 @@ class Engine(WeightTransferEngine[InitInfo, UpdateInfo]):
         for named in source:
             self.model.load_weights(iter(named))
             count += len(named)
-            # Nobody gets an answer of the engine meanwhile.
             notify(WATCHDOG=1)
         logger.info("hpc_gym: loaded %d tensors", count)
 
@@ -120,7 +121,8 @@ class Engine(WeightTransferEngine[InitInfo, UpdateInfo]):
         for bucket in buckets(specs, self._info.bucket_bytes):
             packed = torch.empty(bucket_nbytes(bucket), dtype=torch.uint8, device=self._group.device)
             self._group.begin_broadcast(packed)
-            self._group.wait()
+            with saying_alive():
+                self._group.wait()
             yield unpack(bucket, packed)
 
     def _from_folder(self, update_info: UpdateInfo) -> Iterator[list[tuple[str, torch.Tensor]]]:
