@@ -26,6 +26,11 @@ def command(context: NodeContext, spec: Process, values: Values) -> Command:
         path = Path(values.fill(file.path, python))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(values.fill(file.text, python))
+    for link in spec.links:
+        path = Path(values.fill(link.path, python))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        path.symlink_to(values.fill(link.target, python))
     own = {name: values.fill(text, python) for name, text in spec.env.items()}
     own |= {
         "PYTHONPATH": str(context.run_dir / "code"),
@@ -40,11 +45,11 @@ def command(context: NodeContext, spec: Process, values: Values) -> Command:
     environment = process_environment(context.plan, os.environ, secrets, own)
     argv = tuple(values.fill(text, python) for text in spec.argv)
     if runtime is not None:
-        argv, environment = entered(runtime, argv, environment, _place(context))
+        argv, environment = entered(runtime, argv, environment, _place(context, spec))
     return Command(argv, environment, tuple(values.fds[name] for name in spec.listen))
 
 
-def _place(context: NodeContext) -> Place:
+def _place(context: NodeContext, spec: Process) -> Place:
     plan = context.plan
     training = plan.training
     files = [source.path for source in (*training.sources, *training.evaluation.sources)]
@@ -53,6 +58,7 @@ def _place(context: NodeContext) -> Place:
     if plan.rollout.judge is not None and plan.rollout.judge.model is not None:
         files += [plan.rollout.judge.model]
     folders = [str(context.private_dir), os.environ.get("HF_HOME", ""), *(str(Path(file).parent) for file in files)]
+    folders += [link.target for link in spec.links]
     visible = [each for each in dict.fromkeys(folders) if each.startswith("/") and Path(each).exists()]
     return Place(
         host=socket.gethostname(),

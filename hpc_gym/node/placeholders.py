@@ -57,6 +57,8 @@ def texts(process: Process) -> Iterator[str]:
     yield from process.env.values()
     for file in process.files:
         yield from (file.path, file.text)
+    for link in process.links:
+        yield from (link.path, link.target)
     if process.ready is not None:
         yield process.ready.target
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hpc_gym.config.schema import Experiment
+from hpc_gym.plan.gym_code import WORKING_DIRECTORY
 from hpc_gym.plan.nemo_gym import POLICY_CONFIG
-from hpc_gym.plan.plan import ConfigFile, Probe, Process
+from hpc_gym.plan.plan import ConfigFile, Link, Probe, Process
 from hpc_gym.plan.processes import BASE, Names, role_env
 
 
@@ -20,6 +21,8 @@ class GymSetup:
     """Our configuration (`nemo_gym.node_config`)."""
     config_paths: Sequence[str]
     """The environments' own."""
+    links: tuple[Link, ...] = ()
+    """Where there are servers of the user's own (`gym_code`)."""
 
 
 def gym_process(
@@ -40,6 +43,7 @@ def gym_process(
         "RAY_AUTH_TOKEN_PATH": "{private_dir}/token",
     }
     argv = (
+        *(("env", "-C", WORKING_DIRECTORY) if setup.links else ()),
         *("gym", "env", "start", f"+config_paths=[{paths}]"),
         # Hydra writes a folder of its own wherever it is started.
         *("hydra.run.dir={private_dir}/hydra", "hydra.output_subdir=null"),
@@ -52,6 +56,7 @@ def gym_process(
         argv=argv,
         env=role_env(experiment, role, env),
         files=(ConfigFile(own, setup.text),),
+        links=setup.links,
         ports=("gym-head", "gym*100"),
         ready=Probe(kind="gym", target="gym-head"),
         ready_within_s=experiment.supervision.gym_ready_s,

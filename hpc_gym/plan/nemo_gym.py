@@ -5,10 +5,9 @@ servers.
 from __future__ import annotations
 
 import difflib
-import functools
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,8 +17,8 @@ from hpc_gym.config.problems import Problem
 from hpc_gym.config.provenance import display
 from hpc_gym.config.schema import Environment
 from hpc_gym.errors import UserError
+from hpc_gym.plan.gym_code import KINDS, Code, code_of, missing
 from hpc_gym.runtimes.options import gym_configs, source
-from hpc_gym.runtimes.spec import spec_of
 
 INSIDE = "nemo_gym:"
 """Prefix of a path inside the nemo-gym package."""
@@ -32,8 +31,6 @@ API_KEY = "unused"
 """NeMo Gym puts the key on its servers' command lines, so it must be none: a rollout's tag is what opens the
 endpoint.
 """
-
-_KINDS = ("resources_servers", "responses_api_agents", "responses_api_models")
 
 
 @dataclass(frozen=True)
@@ -62,6 +59,7 @@ class Served:
     definitions: Mapping[str, object]
     asks: frozenset[str] = frozenset()
     """Model servers that it refers to and does not define, besides the policy's: the judge."""
+    code: Code = field(default_factory=Code)
 
 
 def serve(
@@ -73,6 +71,8 @@ def serve(
     problems: list[Problem] = []
     instances: dict[str, str] = {}
     definitions: dict[str, object] = {}
+    servers: set[str] = set()
+    own: dict[str, str] = {}
     for index, written in enumerate(environment.config_paths):
         key = ("environments", name, "config_paths", index)
         try:
@@ -84,7 +84,9 @@ def serve(
         instances |= config.instances
         definitions |= config.definitions
         models |= set(config.models)
-        problems += [Problem(key, sentence) for sentence in _not_servable(config)]
+        servers |= config.code.servers
+        own |= config.code.own
+        problems += [Problem(key, sentence) for sentence in config.problems]
     instances |= _instances(environment.config)
     pointed = _references(environment.config)
     # Whoever adds configuration of their own may have pointed those of the files elsewhere.
@@ -94,18 +96,20 @@ def serve(
         problems += [Problem(where, sentence) for sentence in _unanswered(sure - set(instances), judged)]
     for instance in environment.config:
         definitions[instance] = (definitions.get(instance), environment.config[instance])
-    if problems:
-        return None, problems
     agents = [instance for instance, kind in instances.items() if kind == "responses_api_agents"]
-    agent, problems = _agent(name, environment, agents)
+    agent, no_agent = _agent(name, environment, agents) if len(paths) == len(environment.config_paths) else ("", [])
+    if problems:
+        return None, [*problems, *no_agent]
     asks = {model for model in models | pointed if re.fullmatch(r"[\w.-]+", model)} - {POLICY} - set(instances)
-    return Served(tuple(paths), agent, instances, definitions, frozenset(asks)), problems
+    code = Code(frozenset(servers), own)
+    return Served(tuple(paths), agent, instances, definitions, frozenset(asks), code), no_agent
 
 
 def clashes(served: Mapping[str, Served]) -> list[Problem]:
     """Environments that define one server instance differently: NeMo Gym would merge them without a word."""
     problems = []
     first: dict[str, str] = {}
+    folders: dict[str, str] = {}
     for name, environment in served.items():
         for instance in environment.instances:
             other = first.setdefault(instance, name)
@@ -115,6 +119,15 @@ def clashes(served: Mapping[str, Served]) -> list[Problem]:
                         ("environments", name),
                         f"its server '{instance}' is defined otherwise by the environment '{other}', and NeMo Gym "
                         "knows servers by that name alone: rename it in one of them.",
+                    )
+                )
+        for server, folder in environment.code.own.items():
+            if (another := folders.setdefault(server, folder)) != folder:
+                problems.append(
+                    Problem(
+                        ("environments", name),
+                        f"the code of its server '{server}' is in {display(Path(folder))}, and another environment has "
+                        f"one of that name in {display(Path(another))}: rename one of the folders.",
                     )
                 )
     return problems
@@ -172,7 +185,8 @@ class _Config:
     instances: Mapping[str, str]
     definitions: Mapping[str, object]
     models: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
+    code: Code = field(default_factory=Code)
+    problems: tuple[str, ...] = ()
 
 
 def _config(written: str, folder: Path) -> _Config:
@@ -183,29 +197,22 @@ def _config(written: str, folder: Path) -> _Config:
         tree = _read(own)
         instances = _instances(tree)
         definitions = {instance: tree[instance] for instance in instances}
-        return _Config(str(own), instances, definitions, tuple(sorted(_references(tree))))
+        code, problems = code_of(tree, own)
+        return _Config(str(own), instances, definitions, tuple(sorted(_references(tree))), code, tuple(problems))
     if Path(written).is_absolute() or written.startswith((".", "~")):
         raise UserError(f"there is no file {display(own)}.")
     shipped = gym_configs()
     if inside in shipped:
         found = shipped[inside]
-        return _Config(inside, found.instances, dict.fromkeys(found.instances, inside), found.models, found.missing)
+        definitions = dict.fromkeys(found.instances, inside)
+        code, problems = Code(frozenset(found.servers)), list(missing(found.missing))
+        return _Config(inside, found.instances, definitions, found.models, code, tuple(problems))
     names = [path for path in shipped if not path.startswith("responses_api_models/")]
     close = difflib.get_close_matches(inside, names, n=3, cutoff=0.5) or names[:3]
     raise UserError(
         f"NeMo Gym has no configuration '{inside}', and there is no file {display(own)}; "
         f"nearest in nemo-gym {source('gym')['nemo-gym']}: {', '.join(close)}."
     )
-
-
-def _not_servable(config: _Config) -> Iterable[str]:
-    # A package that is there in another version than the server pins may well do; one that is not there does not.
-    absent = [line for line in config.missing if _package(line) not in _locked_packages()]
-    if absent:
-        yield (
-            f"its servers need {', '.join(absent)}, which the gym runtime does not have: choose another "
-            "environment, or a gym runtime of your own that has it."
-        )
 
 
 def _unanswered(models: Iterable[str], judged: bool) -> Iterable[str]:
@@ -231,19 +238,6 @@ def _references(tree: object) -> set[str]:
             found.add(tree["name"])
         return found
     return set().union(*map(_references, tree)) if isinstance(tree, list) else set()
-
-
-@functools.cache
-def _locked_packages() -> frozenset[str]:
-    return frozenset(_package(line) for line in spec_of("gym").lock.splitlines())
-
-
-def _package(requirement: str) -> str:
-    """Name of the package that a line of a requirements file asks for; an editable path is nemo-gym itself."""
-    if requirement.startswith("-e ."):
-        return "nemo-gym"
-    found = re.match(r"[A-Za-z0-9._-]+", requirement)
-    return re.sub(r"[-_.]+", "-", found[0]).lower() if found else requirement
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -277,10 +271,7 @@ def _agent(name: str, environment: Environment, agents: list[str]) -> tuple[str,
 
 def _instances(settings: Mapping[str, Any]) -> dict[str, str]:
     return {
-        name: kind
-        for name, value in settings.items()
-        for kind in _KINDS
-        if isinstance(value, Mapping) and kind in value
+        name: kind for name, value in settings.items() for kind in KINDS if isinstance(value, Mapping) and kind in value
     }
 
 

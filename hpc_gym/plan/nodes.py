@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from hpc_gym.config.schema import Experiment
 from hpc_gym.plan.checks import ranks_per_node, replicas_of
+from hpc_gym.plan.gym_code import links, venvs
 from hpc_gym.plan.gym_processes import GymSetup, environment_processes, gym_process
 from hpc_gym.plan.judge import judge_endpoints, judge_node_processes, judge_processes, judge_servers
 from hpc_gym.plan.launch import components_of, nodes_per_role
@@ -71,4 +72,7 @@ def _gym_setup(experiment: Experiment, runtime: Runtime, served: Mapping[str, Se
     asked = {name for each in served.values() for name in each.asks}
     defined = {name for each in served.values() for name in each.instances}
     judged = judge_servers(experiment.judge, asked - defined, API_KEY)
-    return GymSetup(node_config(config, f"{runtime.folder}/servers", MODEL_NAME, judged), paths)
+    own = {server: folder for each in served.values() for server, folder in each.code.own.items()}
+    servers = {server for each in served.values() for server in each.code.servers}
+    text = node_config(config, venvs(own, runtime), MODEL_NAME, judged)
+    return GymSetup(text, paths, links(servers, own, runtime) if own else ())

@@ -4,7 +4,7 @@ Everything here is a plain value: no cluster is asked, no torch is imported, and
 (`Plan.to_json`). What exists only once a job runs (ports, node addresses, the attempt's number and token) is written
 as a placeholder `{kind:name}` and filled in by the supervisor of the node, see `hpc_gym.node`.
 
-Placeholders allowed in `Process.argv`, `Process.env` and `ConfigFile.text`:
+Placeholders allowed in `Process.argv`, `Process.env`, `ConfigFile.text` and `Link`:
 
 =====================  ===========================================================================================
 `{run_dir}`            the run directory
@@ -50,6 +50,14 @@ class ConfigFile:
 
 
 @dataclass(frozen=True)
+class Link:
+    """A symbolic link that the supervisor makes before it starts a process; both ends may hold placeholders."""
+
+    path: str
+    target: str
+
+
+@dataclass(frozen=True)
 class Probe:
     """How readiness of a process is asked, with the identity checked: an answer from somebody else's port is no answer.
 
@@ -80,6 +88,7 @@ class Process:
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
     files: tuple[ConfigFile, ...] = ()
+    links: tuple[Link, ...] = ()
     ports: tuple[str, ...] = ()
     """Names of single ports, published as endpoints of the same name; `NAME*100` reserves 100 ports in a row,
     unpublished.

@@ -92,6 +92,13 @@ def gym_configs() -> Mapping[str, GymConfig]:
     return configs
 
 
+def gym_servers() -> Mapping[str, tuple[str, ...]]:
+    """The server programs in the nemo-gym wheel, as `TYPE/NAME`, with those of their requirements that the gym runtime
+    does not have.
+    """
+    return {name: tuple(entry["missing"]) for name, entry in _read("gym")["servers"].items()}
+
+
 def _options(entries: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Option]:
     return {
         name: Option(

@@ -17,7 +17,7 @@ import pytest
 import small_jobs
 from small_jobs import FOREVER, Job, ended_within, service, task
 
-from hpc_gym.plan.plan import ConfigFile, Probe, Process
+from hpc_gym.plan.plan import ConfigFile, Link, Probe, Process
 
 MakeJob = Callable[..., Job]
 job = small_jobs.job
@@ -234,9 +234,13 @@ time.sleep(600)
     server = service("server", report, listen=("rollout-0",), ports=("gym*100",), ready=Probe("notify"))
     server = replace(
         server,
-        argv=(*server.argv, "{fd:rollout-0}", "{attempt_dir}/{node}.yaml"),
+        argv=(*server.argv, "{fd:rollout-0}", "{private_dir}/linked/text/{node}.yaml"),
         env={"SERVERS": "{endpoints:rollout}"},
-        files=(ConfigFile("{attempt_dir}/{node}.yaml", "low: {port:gym}\nhigh: {port:gym+99}\nkey: ${address}\n"),),
+        files=(
+            ConfigFile("{attempt_dir}/text/{node}.yaml", "low: {port:gym}\nhigh: {port:gym+99}\nkey: ${address}\n"),
+        ),
+        # The file is read through it.
+        links=(Link("{private_dir}/linked/text", "{attempt_dir}/text"),),
     )
     # Rank 0 waits on the master port until rank 1, which starts late, has come.
     meet = """

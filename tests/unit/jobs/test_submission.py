@@ -110,7 +110,7 @@ def test_slurm_that_is_not_there_or_refuses_leaves_nothing(tmp_path: Path, monke
     (programs / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpuu' >&2\nexit 1\n")
     (programs / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:/bin:/usr/bin")
-    with pytest.raises(UserError, match="^Slurm refuses the job: invalid partition specified: gpuu\\.\\n"):
+    with pytest.raises(UserError, match=r"^Slurm refuses the job: invalid partition specified: gpuu\.\n"):
         submit_request(wanted, Path.touch)
     assert list((tmp_path / "runs").iterdir()) == []
 

@@ -167,7 +167,7 @@ def test_an_environment_that_leaves_its_judge_open_must_name_it(judged: Project)
 
 def test_a_file_of_ones_own_is_looked_through_for_the_judge(judged: Project) -> None:
     (judged.folder / "own.yaml").write_text(
-        "own: {resources_servers: {own: {judge: {type: responses_api_models, name: my_judge}}}}\n"
+        "own: {resources_servers: {mcqa: {judge: {type: responses_api_models, name: my_judge}}}}\n"
         "own_agent: {responses_api_agents: {simple_agent: {entrypoint: app.py}}}\n"
     )
     more = "environments: {mine: {config_paths: [./own.yaml]}}\n"
