@@ -86,7 +86,7 @@ class AttemptProgress:
         elif kind == "restarting":
             self.notes.append(f"{name} on {node} is started again: {event.get('cause', '')}")
         elif kind == "hung":
-            self.notes.append(f"{name} on {node} hangs: {event.get('cause', '')}")
+            self.notes.append(f"{name} on {node} hangs: {str(event.get('cause', '')).removeprefix('hung: ')}")
 
     def _take_of_node(self, node: str, kind: str, moment: float, event: Event) -> None:
         if kind == "began":
