@@ -17,8 +17,10 @@ from cluster import Cluster
 from machine import why_not
 
 HERE = Path(__file__).parent
-SETTINGS = {"requeue_wait": 5}
-"""Where nothing is lost by a shorter wait than that of a cluster that somebody looks at."""
+SETTINGS = {"requeue_wait": 5, "slurmd_timeout": 20}
+"""Where nothing is lost by a shorter wait than that of a cluster that somebody looks at; and a job notices before Slurm
+that a node is gone, as on any real cluster.
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -188,8 +188,10 @@ def submit(slurm_cluster: Cluster, shared: Path) -> Iterator[Callable[..., Slurm
         **supervision: float,
     ) -> SlurmJob:
         rollout, train = (nodes[0], nodes[1:]) if nodes[0][0].role == "rollout" else ((), nodes)
+        # A job whose limit is reached before Slurm has noticed that its first node is gone is not requeued.
+        minutes = 5 + slurm_cluster.settings().slurmd_timeout // 30
         launch = Launch(
-            kind="slurm", options={"time": 5, **(options or {})}, components=components, setup=setup, chain=chain
+            kind="slurm", options={"time": minutes, **(options or {})}, components=components, setup=setup, chain=chain
         )
         plan = job_plans.plan(
             (folder or shared) / f"run-{len(jobs)}",
@@ -218,10 +220,12 @@ def outcome_of(run: SlurmJob, attempt: int = 1, within_s: float = 90) -> dict[st
     return dict(run.until(lambda: run.events("outcome", attempt=attempt), within_s)[0])
 
 
-def resumed(run: SlurmJob, what: str, since: float) -> set[str]:
-    """Waits for a second life and the job's good end; the hosts of that life."""
+def resumed(run: SlurmJob, what: str, since: float, within: float | None = None) -> set[str]:
+    """Waits for a second life, which is to begin `within` seconds after `since` where that is promised, and for the
+    job's good end; the hosts of that life.
+    """
     run.until(lambda: not run.attempt(1).samefile(run.attempt()) and run.events("joined"), run.patience)
-    run.figure(f"{what}: running again", run.events("joined")[0]["time"] - since, within=run.patience)
+    run.figure(f"{what}: running again", run.events("joined")[0]["time"] - since, within=within or run.patience)
     run.freed(run.patience)
     assert run.job.state == "COMPLETED", run.story()
     assert run.output().splitlines()[-1] == "COMPLETED"
