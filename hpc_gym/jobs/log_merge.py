@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
+from numpy.typing import NDArray
 
-from hpc_gym.jobs.log_columns import NONE, Lines, Positions, gathered
+from hpc_gym.jobs.log_columns import Lines, Positions, gathered
 from hpc_gym.jobs.log_files import LogFile
 from hpc_gym.jobs.log_moments import FIRST, LAST
 
 _CHUNK = 1 << 17
-_ALL_CHUNKS = 1 << 22
+_ALL_CHUNKS = 1 << 23
 """Bytes read ahead of all files together: of many files less of each."""
 _LEAST_CHUNK = 1 << 12
 _LONGEST_LINE = 1 << 20
@@ -32,31 +34,47 @@ _CATCHING_UP = 1 << 10
 
 @dataclass(frozen=True)
 class Round:
-    """Lines of several files in time order, none of them earlier than those of the round before."""
+    """Lines of several files in time order, none of them earlier than those of the round before.
 
+    The columns have one entry a line; positions are those in all `texts` put together.
+    """
+
+    texts: list[memoryview]
     files: list[LogFile]
     whose: Positions
-    """Of each line, the index of its file."""
-    lines: Lines
+    """The index of its file."""
+    starts: Positions
+    ends: Positions
+    """Line ends included."""
+    stamped: NDArray[np.bool_]
 
     @classmethod
     def of(cls, parts: list[tuple[LogFile, Lines]]) -> Round:
-        """Puts lines of several files in order; lines of one moment stay in the order of the files."""
-        lines = Lines.joined([lines for _, lines in parts])
-        whose = np.repeat(np.arange(len(parts)), [len(lines) for _, lines in parts])
-        order = np.argsort(lines.moments, kind="stable")
-        return cls([file for file, _ in parts], whose[order], lines[order])
+        """Puts lines of several files in order; lines of one moment stay in the order of the parts."""
+        texts = [lines.text() for _, lines in parts]
+        begins = [0, *accumulate(map(len, texts))]
+        moved = [(lines, begin - lines.starts[0]) for (_, lines), begin in zip(parts, begins, strict=False)]
+        order = np.argsort(np.concatenate([lines.moments for _, lines in parts]), kind="stable")
+        return cls(
+            texts,
+            [file for file, _ in parts],
+            np.repeat(np.arange(len(parts)), [len(lines) for _, lines in parts])[order],
+            np.concatenate([lines.starts + by for lines, by in moved])[order],
+            np.concatenate([lines.ends + by for lines, by in moved])[order],
+            np.concatenate([lines.stamped for _, lines in parts])[order],
+        )
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self.starts)
 
     def __getitem__(self, which: slice) -> Round:
-        return Round(self.files, self.whose[which], self.lines[which])
+        whose, starts, ends = self.whose[which], self.starts[which], self.ends[which]
+        return Round(self.texts, self.files, whose, starts, ends, self.stamped[which])
 
     def __iter__(self) -> Iterator[tuple[LogFile, bytes]]:
         """The lines one by one, without line ends, each with its file."""
-        texts = gathered([self.lines.text], self.lines.starts, self.lines.ends - self.lines.starts)
-        yield from zip(map(self.files.__getitem__, self.whose.tolist()), texts.split(b"\n"), strict=False)
+        lines = b"".join(gathered(self.texts, self.starts, self.ends - self.starts)).split(b"\n")
+        yield from zip(map(self.files.__getitem__, self.whose.tolist()), lines, strict=False)
 
 
 @dataclass
@@ -65,8 +83,8 @@ class _Tail:
 
     file: LogFile
     offset: int = 0
-    lines: Lines = NONE
-    """Those that have been read and not yet given out."""
+    parts: list[Lines] = field(default_factory=list)
+    """Lines that have been read and not yet given out, as they were read; none of them is empty."""
     newest: int = FIRST
     """The moment of the last line read."""
     partial: bytes = b""
@@ -82,9 +100,9 @@ class _Tail:
 
         `whole`: a last line without line end waits for it. Returns whether there is something to give out.
         """
-        while not self.at_end and len(self.lines) <= self.enough:
+        while not self.at_end and sum(map(len, self.parts)) <= self.enough:
             self._read_chunk(chunk, whole)
-        return len(self.lines) > 0
+        return bool(self.parts)
 
     def _read_chunk(self, size: int, whole: bool) -> None:
         try:
@@ -94,21 +112,24 @@ class _Tail:
         except FileNotFoundError:
             chunk = b""
         self.offset += len(chunk)
-        body = self.partial + chunk
-        end = body.rfind(b"\n") + 1
-        body, self.partial = body[:end], body[end:]
+        end = chunk.rfind(b"\n") + 1
+        if end:
+            body, self.partial = b"".join((self.partial, memoryview(chunk)[:end])), chunk[end:]
+        else:
+            body, self.partial = b"", self.partial + chunk
         if self.partial and (len(self.partial) > _LONGEST_LINE or (not chunk and not whole)):
             body, self.partial = body + self.partial + b"\n", b""
         self.at_end = len(chunk) < size and (whole or not self.partial)
         if body:
             new = Lines.of(body, self.newest)
             self.newest, self.enough = int(new.moments[-1]), len(new) // 2
-            self.lines = Lines.joined([self.lines, new])
+            self.parts.append(new)
 
-    def take(self, bound: int) -> Lines:
+    def take(self, bound: int) -> list[Lines]:
         """The lines up to and including the moment `bound`, as far as they have been read."""
-        end = int(self.lines.moments.searchsorted(bound, side="right"))
-        taken, self.lines = self.lines[:end], self.lines[end:]
+        ends = [int(part.moments.searchsorted(bound, side="right")) for part in self.parts]
+        taken = [part[:end] for part, end in zip(self.parts, ends, strict=True) if end]
+        self.parts = [part[end:] for part, end in zip(self.parts, ends, strict=True) if end < len(part)]
         return taken
 
 
@@ -180,7 +201,7 @@ def _rounds(tails: list[_Tail], limit: int, whole: bool) -> Iterator[Round]:
         # What has not been read of a file is no earlier than the newest line that has.
         unread = (tail.newest for tail in tails if not tail.at_end)
         bound = min(limit, min(unread, default=LAST))
-        parts = [(tail.file, lines) for tail in tails if len(lines := tail.take(bound))]
+        parts = [(tail.file, lines) for tail in tails for lines in tail.take(bound)]
         if not parts:
             return
         yield Round.of(parts)

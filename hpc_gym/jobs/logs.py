@@ -43,7 +43,7 @@ class Printer:
         cuts = [0, *(np.flatnonzero(np.diff(attempts_of)) + 1).tolist(), len(shown)]
         for begin, end in pairwise(cuts):
             yield self.heading(shown.files[shown.whose[begin]])
-            yield self._text(shown[begin:end])
+            yield from self._text(shown[begin:end])
 
     def line(self, file: LogFile, line: bytes) -> bytes:
         """One line as it stands in its file, as it is shown."""
@@ -51,15 +51,16 @@ class Printer:
             line = line[:_TO_MILLISECONDS] + line[STAMP_LENGTH:]
         return self._prefix(file) + line
 
-    def _text(self, shown: Round) -> bytes:
+    def _text(self, shown: Round) -> Iterator[bytes]:
         """The lines: of each its prefix, its time down to milliseconds, and what comes after the time."""
-        lines, prefixes = shown.lines, [self._prefix(file) for file in shown.files]
+        prefixes = [self._prefix(file) for file in shown.files]
         lengths = np.array([len(prefix) for prefix in prefixes])
-        offsets = len(lines.text) + np.cumsum(lengths) - lengths
-        after_time = lines.starts + np.where(lines.stamped, STAMP_LENGTH, 0)
-        starts = np.stack((offsets[shown.whose], lines.starts, after_time), axis=1)
-        sizes = (lengths[shown.whose], np.where(lines.stamped, _TO_MILLISECONDS, 0), lines.ends - after_time)
-        return gathered((lines.text, *prefixes), starts.ravel(), np.stack(sizes, axis=1).ravel())
+        offsets = sum(map(len, shown.texts)) + np.cumsum(lengths) - lengths
+        time_ends = shown.starts + np.where(shown.stamped, _TO_MILLISECONDS, 0)
+        after_time = shown.starts + np.where(shown.stamped, STAMP_LENGTH, 0)
+        starts = np.stack((offsets[shown.whose], shown.starts, after_time), axis=1)
+        sizes = np.stack((lengths[shown.whose], time_ends - shown.starts, shown.ends - after_time), axis=1)
+        return gathered((*shown.texts, *prefixes), starts.ravel(), sizes.ravel())
 
     def heading(self, file: LogFile) -> bytes:
         """What stands before the next lines where they are of another attempt than those before."""
