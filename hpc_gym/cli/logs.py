@@ -60,9 +60,16 @@ def logs(
         pieces = job_logs.logs(run_dir, selection, ended=JobWatch(record).ended, color=wanted)
     else:
         pieces = job_logs.logs(run_dir, selection, color=wanted)
-    out = sys.stdout.buffer
+    out, silent = sys.stdout.buffer, True
     for piece in pieces:
+        silent = False
         out.write(piece)
         if follow:
             out.flush()
     out.flush()
+    if silent:
+        from hpc_gym.jobs.state import JobWatch
+
+        what = "no errors" if errors else "no lines"
+        state = JobWatch(record).state()
+        sys.stderr.write(f"hpc-gym: {what} in the logs of job {record.job_id}, which is {state}.\n")

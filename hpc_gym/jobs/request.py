@@ -30,6 +30,8 @@ def prepare(
     experiment: str | Path, overrides: Sequence[str] = (), cluster: str | None = None, name: str | None = None
 ) -> Request:
     """What `submit` would submit: resolved and checked, nothing written."""
+    if isinstance(overrides, str):
+        raise UserError(f"overrides must be a list of KEY=VALUE, such as ['grpo.max_steps=100'], not '{overrides}'.")
     named = [f"name={json.dumps(name)}"] if name is not None else []
     resolved = resolve(experiment, [*overrides, *named], cluster)
     refuse_existing(resolved.plan)

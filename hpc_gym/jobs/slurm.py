@@ -23,8 +23,13 @@ _LIVING = ("RUNNING", "PENDING", "REQUEUED")
 _REASONS = {
     "BeginTime": "Slurm holds a requeued job back for a while, or it asked for a later start",
     "Dependency": "another job comes first",
+    "JobHeldAdmin": "an administrator holds it",
+    "JobHeldUser": "held until `scontrol release JOBID`",
+    "PartitionNodeLimit": "more nodes than the partition gives a job, or than are up",
+    "PartitionTimeLimit": "a longer time limit than the partition allows",
     "Priority": "jobs of a higher priority come first",
     "ReqNodeNotAvail": "nodes it asked for are down, drained or reserved",
+    "Reservation": "its reservation has not begun",
     "Resources": "for nodes to become free",
 }
 """Slurm's commonest reasons for letting a job wait, for people who do not know them by heart."""

@@ -89,10 +89,16 @@ def test_a_local_job_without_its_runtimes_is_refused_and_nothing_is_made(
     assert not runs.exists()
 
 
+def test_what_the_package_offers_is_listed() -> None:
+    assert {"submit", "run", "HpcgymJob", "UserError"} <= set(dir(hpc_gym))
+
+
 def test_unknown_experiment_is_refused_and_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="demmo"):
         hpc_gym.submit("demmo")
+    with pytest.raises(UserError, match=r"overrides must be a list of KEY=VALUE, .*, not 'seed=3'"):
+        hpc_gym.submit("demo", "seed=3")
     assert list(tmp_path.iterdir()) == []
 
 
