@@ -15,15 +15,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_gym.node import attempt as attempts
-from hpc_gym.node import scontrol
 from hpc_gym.node.channel import LONGEST, Channel, Message, accept
 from hpc_gym.node.context import NodeContext
+from hpc_gym.node.job_signals import JOB_SCRIPT, JobSignals
 from hpc_gym.node.journal import Journal
 from hpc_gym.node.reach import culprit
 from hpc_gym.node.stall import StepWatch
@@ -32,12 +31,9 @@ from hpc_gym.protocol.attempt import STOPPED_AT_CHECKPOINT, Failure, Outcome
 
 DECIDED = "decided.json"
 """File in the private directory of the coordinator's node: the outcome, as soon as it is decided."""
-JOB_SCRIPT = "job script"
-"""Stands for a process where the script of the job itself was killed."""
 JOIN_WITHIN_S = 120.0
 """From the coordinator's start until every node's supervisor has reported."""
 _LOOK_AT_STEPS_S = 1.0
-_ASK_SLURM_FOR_S = 1.0
 _WRITE_WITHIN_S = 5.0
 """How long the outcome is kept from the nodes while a file system hangs."""
 _EVIDENCE_WITHIN_S = 40.0
@@ -91,7 +87,7 @@ class Coordinator:
         """Nodes that are asked what stalls."""
         self._without_supervisor: set[str] = set()
         """Nodes whose task has ended: nothing comes from there any more."""
-        self._asking: asyncio.Task[None] | None = None
+        self._signals = JobSignals(plan, self._attempt, self._verdict, self._checkpoint, self._changed.set)
 
     async def run(self, host: str, port: int) -> Outcome:
         """Serves on `host:port`. Raises OSError when the port is taken."""
@@ -239,7 +235,7 @@ class Coordinator:
             elif message.get("type") == "task_ended":
                 self._take_end_of_task(Failure(**message["failure"]))
             elif message.get("type") == "signal":
-                self._signalled(str(message["signal"]))
+                self._signals.take(str(message["signal"]))
         self._changed.set()
 
     def _take_end_of_task(self, failure: Failure) -> None:
@@ -277,7 +273,7 @@ class Coordinator:
         elif kind == "saving":
             (self._saving.add if message["saving"] else self._saving.discard)(task)
         elif kind == "signal":
-            self._signalled(str(message["signal"]))
+            self._signals.take(str(message["signal"]))
         elif kind == "restart":
             self._order(message)
         elif kind == "evidence":
@@ -299,36 +295,6 @@ class Coordinator:
         # A checkpoint that several ranks write together is lost with one of them: nothing to wait for.
         if task in self._saving:
             self._saving.clear()
-
-    def _signalled(self, signal: str) -> None:
-        if signal == "SIGUSR2":
-            self._checkpoint(f"the job received {signal}: its time limit is near")
-        elif signal == "SIGTERM" and self._plan.launch.kind == "slurm":
-            if self._asking is None:
-                self._asking = asyncio.create_task(self._terminated_by_slurm(), name="why SIGTERM")
-        elif not self._verdict.cancelled:
-            self._verdict.cancelled = f"the job received {signal}"
-
-    async def _terminated_by_slurm(self) -> None:
-        """SIGTERM is also all that a job hears when Slurm takes its nodes for another: then there is a grace time."""
-        standing = await asyncio.to_thread(scontrol.standing, os.environ.get("HPC_GYM_JOB_ID", ""), _ASK_SLURM_FOR_S)
-        if standing.preempted and standing.state == "RUNNING":
-            self._checkpoint(scontrol.PREEMPTED)
-        elif standing.state == "PENDING":
-            # Until KillWait is over.
-            self._checkpoint(scontrol.QUEUED_AGAIN)
-        elif standing.script_killed_by:
-            self._verdict.script_killed = self._script_killed(standing.script_killed_by)
-        elif not self._verdict.cancelled:
-            self._verdict.cancelled = "the job received SIGTERM"
-        self._changed.set()
-
-    def _script_killed(self, by: str) -> Failure:
-        """Slurm ends a job whose script has ended: then there is nobody else to say why, and to clean up after it."""
-        node, job_id = self._plan.nodes[0], os.environ.get("HPC_GYM_JOB_ID", "")
-        log = Path(self._plan.run_dir) / "submitit" / f"{job_id}_batch.out"
-        cause = "from outside, or by the kernel for lack of memory" if by == "SIGKILL" else ""
-        return Failure(node.role, node.name, JOB_SCRIPT, cause, str(log), self._attempt, time.time(), None, by)
 
     def _checkpoint(self, reason: str) -> None:
         if self._verdict.checkpoint:

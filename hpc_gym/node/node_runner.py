@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import socket
 import time
 import traceback
-from collections.abc import Iterator
 from typing import Any
 
 from hpc_gym.node import tree
 from hpc_gym.node.bonds import Bonds
 from hpc_gym.node.channel import Message, Refused
+from hpc_gym.node.children import Children
 from hpc_gym.node.commands import command
 from hpc_gym.node.context import NodeContext
 from hpc_gym.node.coordinator import Coordinator, failure_message
@@ -47,8 +46,7 @@ class NodeRunner:
         self._table = tree.ProcessTable()
         self._shared_memory = SharedMemory(context.private_dir / SHARED_MEMORY_RECORD)
         self._endpoints = Endpoints(context)
-        self._waiting: dict[int, asyncio.Future[tuple[int, float]]] = {}
-        self._starting = 0
+        self._children = Children()
         self._stopping = asyncio.Event()
         self._evidence: asyncio.Task[None] | None = None
         self._ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
@@ -243,7 +241,7 @@ class NodeRunner:
             private_dir=context.private_dir,
             pump=self._pump,
             table=self._table,
-            children=self,
+            children=self._children,
             report=report,
         )
 
@@ -254,36 +252,9 @@ class NodeRunner:
         head |= {"role": spec.role if spec else context.node.role, "process": spec.name if spec else "", "event": event}
         self._link.send({"type": "event", "event": head | fields})
 
-    @contextlib.contextmanager
-    def starting(self) -> Iterator[None]:
-        """See `hpc_gym.node.process.Children`."""
-        self._starting += 1
-        try:
-            yield
-        finally:
-            self._starting -= 1
-            self._reap()
-
-    def expect(self, pid: int) -> asyncio.Future[tuple[int, float]]:
-        """See `hpc_gym.node.process.Children`."""
-        self._waiting[pid] = asyncio.get_running_loop().create_future()
-        return self._waiting[pid]
-
-    def _reap(self) -> None:
-        if self._starting:
-            return
-        with contextlib.suppress(ChildProcessError):
-            while True:
-                pid, status, usage = os.wait4(-1, os.WNOHANG)
-                if not pid:
-                    return
-                waiting = self._waiting.pop(pid, None)
-                if waiting is not None and not waiting.done():
-                    waiting.set_result((status, usage.ru_utime + usage.ru_stime))
-
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGCHLD, self._reap)
+        loop.add_signal_handler(signal.SIGCHLD, self._children.reap)
         for signum in STOP_SIGNALS:
             loop.add_signal_handler(signum, self._on_signal, signum.name)
         loop.add_signal_handler(signal.SIGHUP, self._lose_guardian)

@@ -10,13 +10,13 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from hpc_gym.node import tree
 from hpc_gym.node.causes import cause_from_log
+from hpc_gym.node.children import Children
 from hpc_gym.node.log_pump import LogPump, Stream
 from hpc_gym.node.notifications import Notifications
 from hpc_gym.node.placeholders import Values
@@ -49,16 +49,6 @@ class Command:
     argv: tuple[str, ...]
     env: Mapping[str, str]
     pass_fds: tuple[int, ...]
-
-
-class Children(Protocol):
-    """Who waits for the children of this process (it also gets orphans, so nobody else may wait)."""
-
-    def starting(self) -> AbstractContextManager[None]:
-        """In here no child is waited for: one that ends at once must not be forgotten before `expect`."""
-
-    def expect(self, pid: int) -> asyncio.Future[tuple[int, float]]:
-        """Resolves with (wait status, CPU seconds of it and its waited-for children) when the child `pid` has ended."""
 
 
 class ManagedProcess:

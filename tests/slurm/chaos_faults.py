@@ -142,6 +142,20 @@ class Faults:
         self._run.cluster.crash(host)
         return Struck(f"crash of {host}", requeues=1, crashed=host)
 
+    def kill_stepd(self, step: str = "") -> Struck:
+        """Slurm's own process above the tasks of a node, or above the job script."""
+        found = [
+            (host, pid, line)
+            for host in self._run.cluster.node_names
+            for pid, (name, line) in self._run.cluster.everything(host).items()
+            if name == "slurmstepd" and line.endswith(f".{step}]")
+        ]
+        if not found:
+            return Struck("kill: there was no slurmstepd")
+        host, pid, line = self._rng.choice(found)
+        os.kill(pid, signal.SIGKILL)
+        return Struck(f"kill -9 {line} on {host}", ("FAILED",), "was killed by SIGKILL|guardian", requeues=1)
+
     def slurmd(self) -> Struck:
         hosts = sorted({program.host for program in programs(self._run)}) or self._run.cluster.node_names
         host, seconds = self._rng.choice(hosts), self._rng.uniform(0.5, 5)
