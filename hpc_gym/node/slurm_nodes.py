@@ -212,8 +212,8 @@ class SlurmNodes:
         return self._wrote(corrected)
 
     def _of_srun(self, failure: Failure) -> Outcome:
-        """An srun that could start the attempts before is not at fault when Slurm makes no step of it: seen with 22.05,
-        which had lost count of the GPUs of a node that came back.
+        """An srun that could start the attempts before is not at fault when Slurm makes no step of it: 22.05 has
+        forgotten its GPUs where it was requeued with a silent node in it that could not be given back (`lost_nodes`).
         """
         if self._context.attempt > 1 and _NO_STEP in failure.cause:
             return Outcome("requeue", "Slurm did not start the attempt", failure=failure)
