@@ -22,7 +22,7 @@ def check(experiment: Experiment, overrides: Overrides = None, cluster: Cluster 
 
     \b
     hpc-gym check five-node --cluster my-site
-    hpc-gym check workplace.yaml grpo.max_steps=10 --json | jq '.[] | select(.status != "ok")'
+    hpc-gym check sums.yaml --json | jq '.[] | select(.status != "ok")'
     """
     from hpc_gym.jobs.check import check_experiment
 

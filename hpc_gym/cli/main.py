@@ -18,6 +18,9 @@ from typer.core import TyperCommand, TyperGroup
 
 from hpc_gym.errors import UserError
 
+_OF_A_FILE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE)
+"""What a file or folder that somebody named may answer, at any of the many places that look at it."""
+
 
 @dataclass(frozen=True)
 class LazyCommand:
@@ -82,7 +85,7 @@ def _root(
     """Reinforcement-learning post-training of language models as HPC jobs.
 
     \b
-    hpc-gym demo                               see the whole thing work, in minutes
+    hpc-gym demo                               the whole thing at work, in minutes
     hpc-gym submit EXPERIMENT --dry-run        what would be submitted
     hpc-gym submit EXPERIMENT --follow         submit, and watch
     hpc-gym status | logs --follow | cancel    of the latest job, or of JOB
@@ -114,6 +117,11 @@ def run(arguments: list[str] | None = None) -> int:
         return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     except UserError as error:
         sys.stderr.write(f"hpc-gym: {error}\n")
+        return 2
+    except OSError as error:
+        if error.errno not in _OF_A_FILE or error.filename is None:
+            raise
+        sys.stderr.write(f"hpc-gym: {os.fsdecode(error.filename)}: {error.strerror}\n")
         return 2
     except KeyboardInterrupt:
         return 130

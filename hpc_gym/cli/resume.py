@@ -23,14 +23,11 @@ def resume(
     \b
     hpc-gym resume latest
     hpc-gym resume workplace nodes.rollout=2 cluster.slurm.time=48:00:00
-
-    \b
     hpc-gym resume workplace nodes.train=4
-    With another number of training ranks a step stays what it was: the batch of a rank is changed for it.
-
-    \b
     hpc-gym resume workplace grpo.max_steps=2000
-    So that a run which is complete goes on, too.
+
+    With another number of training ranks a step stays what it was: the batch of a rank is changed for it. A run that is
+    complete goes on when it gets more steps.
     """
     from hpc_gym.jobs.resume import prepare_resumption, submit_resumption
 

@@ -69,7 +69,7 @@ def list_runtimes(as_json: Json = False) -> None:
 
     \b
     hpc-gym runtimes list
-    hpc-gym runtimes list --json | jq -r '.[] | select(.state == "outdated") | .path'
+    hpc-gym runtimes list --json | jq '.[] | select(.state == "outdated").path'
     """
     from hpc_gym.runtimes.inventory import inventory
 

@@ -35,7 +35,7 @@ def submit(
 
     \b
     hpc-gym submit demo --follow
-    hpc-gym submit workplace.yaml name=trial-2 grpo.learning_rate=1e-5 --cluster my-site
+    hpc-gym submit sums.yaml name=two grpo.learning_rate=1e-5 --cluster my-site
     hpc-gym submit demo --dry-run | less
     """
     # Early mistakes must not wait for what only a real submit imports.

@@ -189,3 +189,22 @@ def test_output_that_cannot_be_written_is_told_without_a_traceback(environment: 
     closed = ["bash", "-c", 'exec "$@" >&-', "bash", *HPC_GYM, "list"]
     told = subprocess.run(closed, env=environment, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     assert "Traceback" not in told.stderr
+
+
+def test_a_file_that_cannot_be_looked_at_is_a_sentence(tmp_path: Path, environment: dict[str, str]) -> None:
+    name = "d" * 300
+    done = subprocess.run(
+        [*HPC_GYM, "submit", "demo", f"cluster.runs_dir={tmp_path / name}", "--dry-run"],
+        **{"capture_output": True, "text": True, "env": environment, "cwd": tmp_path},
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert f"{name}" in done.stderr and "File name too long" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_a_terminal_of_eighty_columns(command: str, environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        [*HPC_GYM, *command.split(), "--help"],
+        **{"capture_output": True, "text": True, "env": {**environment, "COLUMNS": "80"}},
+    )
+    assert [line for line in done.stdout.splitlines() if len(line) > 80] == []
