@@ -106,6 +106,18 @@ class _Row(msgspec.Struct):
     agent_ref: _AgentRef | None = None
 
 
+_OTHER_KINDS = {
+    b"PAR1": "a Parquet file",
+    b"\x1f\x8b": "compressed with gzip",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"PK\x03\x04": "a zip archive",
+    b"\xef\xbb\xbf": "written with a byte-order mark",
+    b"\xff\xfe": "written in UTF-16",
+    b"version https://git-lfs": "a pointer of Git LFS, whose content was not fetched",
+}
+"""What people take for rows, by its first bytes."""
+
+
 def _problem(text: bytes, row: _Row) -> str:
     """What keeps a row from being one although it is JSON: the rest of it is read by others, later."""
     # The first byte tells a value of JSON's kind.
@@ -124,6 +136,8 @@ def _problem(text: bytes, row: _Row) -> str:
 
 def _sentence(path: str | Path, line: int, text: bytes, error: msgspec.DecodeError) -> str:
     where = f"{path}:{line}"
+    if line == 1 and (kind := next((kind for magic, kind in _OTHER_KINDS.items() if text.startswith(magic)), "")):
+        return f"{path} is {kind}: rows are JSON lines in UTF-8, one row per line"
     if not isinstance(error, msgspec.ValidationError):
         return f"{where}: not JSON: {error}"
     message = str(error)

@@ -98,6 +98,21 @@ def test_a_row_in_another_encoding_is_named(tmp_path: Path) -> None:
     assert refused(path) == f"{path}:2: not UTF-8: save the file as UTF-8"
 
 
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        (b"PAR1\x15\x04\n", "a Parquet file"),
+        (b"\x1f\x8b\x08\n", "compressed with gzip"),
+        (b"\xef\xbb\xbf" + GOOD.encode(), "written with a byte-order mark"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS, whose content was not fetched"),
+    ],
+)
+def test_another_kind_of_file_is_called_by_its_name(tmp_path: Path, start: bytes, kind: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(start)
+    assert refused(path) == f"{path} is {kind}: rows are JSON lines in UTF-8, one row per line"
+
+
 def test_line_seventeen_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join([GOOD] * 16 + ["{oops"] + [GOOD]))
