@@ -6,22 +6,17 @@ and a slurmd of its own. Controller, accounting and munge run on one more, `head
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import dataclasses
 import fcntl
-import json
 import os
-import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from cluster_life import Life, Settings
 from machine import (
     ACCOUNTING_PACKAGES,
     PACKAGES,
@@ -33,75 +28,10 @@ from machine import (
     write_hosts,
 )
 
-FILES = Path(__file__).resolve().parent / "files"
 _LONG = 90.0
 """Seconds that a step of `up` may take: it takes well under one, but the machine may be busy with other things."""
 MARKER = ".hpc-gym-slurm"
 """Names a folder as made by us: only such a folder is ever emptied."""
-
-
-def _works_in_tmp() -> bool:
-    """Whether the checkout, its interpreter or the cache that the tests use lies under /tmp."""
-    cache = os.environ.get("HPC_GYM_CACHE", Path.home() / ".cache")
-    return any(Path(path).resolve().is_relative_to("/tmp") for path in (__file__, sys.executable, cache))
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the cluster is made. Times in seconds; production's defaults stand in brackets."""
-
-    nodes: int = 5
-    cpus: int = 16
-    """Claimed per node, as are memory and GPUs: all nodes share the machine's."""
-    memory_mb: int = 64000
-    gpus: int = 8
-    accounting: int = 1
-    """0: no slurmdbd, so no `sacct`."""
-    private_tmp: int = dataclasses.field(default_factory=lambda: int(not _works_in_tmp()))
-    """1: every node has a /tmp of its own, which shows what should have been on shared storage. 0 where the nodes would
-    lose the checkout or the runtimes with it.
-    """
-    hosts: int = 0
-    """1: the nodes' names are written to the machine's /etc/hosts too."""
-    kill_wait: int = 5
-    """From SIGTERM to SIGKILL (30)."""
-    slurmd_timeout: int = 10
-    """Silence after which a node is down (300)."""
-    min_job_age: int = 60
-    """How long `scontrol` and `squeue` know a finished job (300)."""
-    requeue_wait: int = 10
-    """What a requeued job waits before it may start (120)."""
-    grace: int = 10
-    """Grace time of the partition `preempt`."""
-    extra: str = ""
-    """Further lines for slurm.conf."""
-
-
-def main(command: str) -> None:
-    """The commands `up` and `down`."""
-    parser = argparse.ArgumentParser(prog=command, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--dir", type=Path, default=Path("/tmp/hpc-gym-slurm"), help="state, logs and configuration")
-    if command == "up":
-        defaults = Settings()
-        for field in dataclasses.fields(Settings):
-            kind = {"int": int, "str": str}[str(field.type)]
-            default = getattr(defaults, field.name)
-            parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, help=f"default {default!r}")
-    else:
-        parser.add_argument("--purge", action="store_true", help="remove the folder with its logs too")
-    options = vars(parser.parse_args())
-    if os.geteuid() != 0:
-        os.execvp("sudo", ["sudo", sys.executable, *sys.argv])
-    cluster = Cluster(options.pop("dir"))
-    try:
-        if command == "up":
-            cluster.up(**{name: value for name, value in options.items() if value is not None})
-            print(cluster.slurm("sinfo"), end="")
-            print(f". {cluster.directory}/env    and this shell talks to the cluster; logs: {cluster.directory}/log")
-        else:
-            cluster.down(**options)
-    except ClusterError as error:
-        sys.exit(f"slurm: {error}")
 
 
 class Cluster:
@@ -129,7 +59,11 @@ class Cluster:
 
     @property
     def node_names(self) -> list[str]:
-        return [f"node{number}" for number in range(1, self.settings().nodes + 1)]
+        return self._life().node_names
+
+    def settings(self) -> Settings:
+        """How the living cluster was made."""
+        return self._life().settings
 
     def up(self, **changes: int | str) -> None:
         """Start the cluster with these `Settings`, or what of it has died; `changes` count for a fresh start only."""
@@ -140,7 +74,7 @@ class Cluster:
             self._clear()
             settings = Settings(**changes)  # type: ignore[arg-type]
             install(PACKAGES + (ACCOUNTING_PACKAGES if settings.accounting else ()), self.directory / "log")
-            self._write_state(settings, claim_network())
+            Life(self.directory, settings, claim_network()).write()
             try:
                 self._start_what_is_missing()
             except BaseException:
@@ -227,73 +161,8 @@ class Cluster:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def settings(self) -> Settings:
-        """How the living cluster was made."""
-        return Settings(**json.loads((self.directory / "run" / "settings.json").read_text()))
-
-    def _network(self) -> int:
-        return int((self.directory / "run" / "network").read_text())
-
-    def _address(self, host: str) -> str:
-        return f"10.77.{self._network()}.{2 if host == 'head' else 10 + int(host.removeprefix('node'))}"
-
-    def _write_state(self, settings: Settings, network: int) -> None:
-        """All files of a fresh cluster."""
-        for folder in ("etc", "bin", "munge", "dev", "nodes", "spool/ctld", "spool/mysql"):
-            (self.directory / folder).mkdir(parents=True, exist_ok=True)
-        (self.directory / "munge").chmod(0o700)
-        (self.directory / "munge" / "key").write_bytes(os.urandom(128))
-        (self.directory / "munge" / "key").chmod(0o600)
-        (self.directory / "run" / "network").write_text(str(network))
-        (self.directory / "run" / "settings.json").write_text(json.dumps(dataclasses.asdict(settings)))
-        prefix = f"10.77.{network}"
-        addresses = [f"{prefix}.1 login", f"{prefix}.2 head"]
-        addresses += [f"{self._address(name)} {name}" for name in self.node_names]
-        etc = self.directory / "etc"
-        (etc / "hosts").write_text("127.0.0.1 localhost\n" + "\n".join(addresses) + "\n")
-        (etc / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
-        (etc / "gres.conf").write_text(self._gres(settings))
-        (self.directory / "env").write_text(f"export SLURM_CONF={etc}/slurm.conf\n")
-        values = {name.upper(): value for name, value in dataclasses.asdict(settings).items()} | {
-            "DIR": self.directory,
-            "NET": prefix,
-            "FIRST_JOB_ID": int((time.time() - 1_700_000_000) / 10),
-            "DEF_MEM_PER_CPU": settings.memory_mb // settings.cpus // 2,
-            "ACCOUNTING": "\n".join(self._accounting_lines(settings)),
-            "NODE_LINES": "\n".join(
-                f"NodeName={name} NodeAddr={self._address(name)} CPUs={settings.cpus} RealMemory={settings.memory_mb}"
-                f"{f' Gres=gpu:h100:{settings.gpus}' if settings.gpus else ''} State=UNKNOWN"
-                for name in self.node_names
-            ),
-        }
-        for name, folder, mode in (
-            ("slurm.conf", "etc", 0o644),
-            ("slurmdbd.conf", "etc", 0o600),
-            ("my.cnf", "etc", 0o644),
-            ("init", "bin", 0o755),
-            ("epilog", "bin", 0o755),
-        ):
-            target = self.directory / folder / name
-            target.write_text(_fill((FILES / name).read_text(), values))
-            target.chmod(mode)
-
-    def _accounting_lines(self, settings: Settings) -> list[str]:
-        if not settings.accounting:
-            return ["AccountingStorageType=accounting_storage/none"]
-        return [
-            "AccountingStorageType=accounting_storage/slurmdbd",
-            f"AccountingStorageHost={self._address('head')}",
-            f"AccountingStoragePass={self.directory}/run/munge.socket",
-            "AccountingStorageTRES=gres/gpu",
-        ]
-
-    def _gres(self, settings: Settings) -> str:
-        """gres.conf, and a device file per GPU: without one Slurm does not set CUDA_VISIBLE_DEVICES."""
-        for number in range(settings.gpus):
-            subprocess.run(
-                ["mknod", "-m", "666", self.directory / "dev" / f"nvidia{number}", "c", "1", "3"], check=True
-            )
-        return f"Name=gpu Type=h100 File={self.directory}/dev/nvidia[0-{settings.gpus - 1}]\n" if settings.gpus else ""
+    def _life(self) -> Life:
+        return Life.read(self.directory)
 
     def _clear(self) -> None:
         """Stop every host and remove what belongs to one life of the cluster."""
@@ -302,10 +171,10 @@ class Cluster:
             os.kill(pid, signal.SIGKILL)
         self._wait("the end of the nodes", _LONG, lambda: not any(start_time(pid) for pid in pids))
         if (self.directory / "run" / "network").exists():
-            bridge = f"hgs{self._network()}"
-            subprocess.run(["ip", "link", "del", bridge], capture_output=True)
-            if self.settings().hosts:
-                write_hosts(bridge, "")
+            life = self._life()
+            subprocess.run(["ip", "link", "del", life.bridge], capture_output=True)
+            if life.settings.hosts:
+                write_hosts(life.bridge, "")
         for folder in ("run", "spool", "mysql", "nodes", "munge", "etc", "bin", "dev"):
             shutil.rmtree(self.directory / folder, ignore_errors=True)
         (self.directory / "run").mkdir()
@@ -313,9 +182,10 @@ class Cluster:
     # ---- hosts and daemons ---------------------------------------------------------------------------------------
 
     def _start_what_is_missing(self) -> None:
-        settings = self.settings()
+        life = self._life()
+        settings = life.settings
         if settings.hosts:
-            write_hosts(f"hgs{self._network()}", (self.directory / "etc" / "hosts").read_text())
+            write_hosts(life.bridge, (self.directory / "etc" / "hosts").read_text())
         for name in ("head", *self.node_names):
             self._start_host(name)
         self._start_controller(settings)
@@ -347,15 +217,16 @@ class Cluster:
         self._wait(f"the namespaces of {name}", _LONG, (here / "ready").exists)
         pid = int(Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()[0])
         (self.directory / "run" / f"host.{name}").write_text(f"{pid} {start_time(pid)}")
-        bridge, veth = f"hgs{self._network()}", f"hgs{self._network()}-{name.removeprefix('node')}"
+        life = self._life()
+        veth = f"{life.bridge}-{name.removeprefix('node')}"
         subprocess.run(["ip", "link", "del", veth], capture_output=True)
         for line in (
             f"ip link add {veth} type veth peer name eth0 netns {pid}",
-            f"ip link set {veth} master {bridge} up",
+            f"ip link set {veth} master {life.bridge} up",
             f"nsenter -t {pid} -n ip link set lo up",
             f"nsenter -t {pid} -n ip link set eth0 up",
-            f"nsenter -t {pid} -n ip addr add {self._address(name)}/24 dev eth0",
-            f"nsenter -t {pid} -n ip route add default via 10.77.{self._network()}.1",
+            f"nsenter -t {pid} -n ip addr add {life.address(name)}/24 dev eth0",
+            f"nsenter -t {pid} -n ip route add default via {life.prefix}.1",
         ):
             done = subprocess.run(line.split(), capture_output=True, text=True)
             if done.returncode != 0:
@@ -447,7 +318,3 @@ class Cluster:
                 tail = newest.read_text()[-1500:]
                 raise ClusterError(f"{what} not within {seconds:.0f} s; the end of {newest}:\n{tail}")
             time.sleep(0.05)
-
-
-def _fill(text: str, values: Mapping[str, object]) -> str:
-    return re.sub(r"@([A-Z_]+)@", lambda match: str(values[match[1]]), text)
