@@ -140,9 +140,8 @@ def sparkline(values: Sequence[float]) -> str:
 
 def attempt_lines(status: Status) -> list[str]:
     """A line per attempt before the last one: when it ended, why, and when and where the next one went on."""
-    nodes = next((stage for stage in status.stages if stage.name == "nodes"), Stage("nodes"))
     followers = [*((each.began, each.job_id) for each in status.earlier_attempts[1:])]
-    followers.append((nodes.began, status.attempt_job_id))
+    followers.append((status.attempt_began, status.attempt_job_id))
     last = len(status.earlier_attempts) - 1
     lines = []
     for position, (end, (then, job_id)) in enumerate(zip(status.earlier_attempts, followers, strict=False)):
@@ -153,8 +152,8 @@ def attempt_lines(status: Status) -> list[str]:
         if then is not None and end.ended is not None:
             as_job = f" as job {job_id}" if job_id not in ("", end.job_id) else ""
             words += f"; attempt {end.attempt + 1} began {duration(max(0.0, then - end.ended))} later{as_job}"
-        if position == last and status.resumed_from is not None:
-            words += f", from step {status.resumed_from}"
+            if position == last and status.resumed_from is not None:
+                words += f", from step {status.resumed_from}"
         lines.append(words)
     return lines
 

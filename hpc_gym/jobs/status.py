@@ -39,6 +39,8 @@ class Status:
     """While it waits in the queue: why, and when it is expected to start; else ""."""
     attempt: int
     """0 before the first of this job."""
+    attempt_began: float | None
+    """None before the first, and where nothing tells."""
     attempt_job_id: str
     """Of the job that the attempt is of: in a chain, of the link that goes on. "" before the first attempt."""
     earlier_attempts: tuple[AttemptEnd, ...]
@@ -120,6 +122,7 @@ class StatusReader:
             state=state,
             waiting=standing.waiting,
             attempt=progress.attempt,
+            attempt_began=progress.began if progress.began is not None else min(progress.joined.values(), default=None),
             attempt_job_id=progress.job_id,
             earlier_attempts=earlier,
             resumed_from=self._resumed_from(),

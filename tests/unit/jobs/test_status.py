@@ -217,6 +217,10 @@ def test_while_it_waits_the_queue_says_why_also_between_two_attempts(record: Job
     assert told["training"].detail == "step 1/10"
     cancelled = read_status(slurm, Standing("CANCELLED")).outcome
     assert cancelled == "CANCELLED, though it was to be requeued: preempted"
+    event(record, 70, "began", "", attempt=2)
+    step(record, 2, 80, attempt=2)
+    (line,) = attempt_lines(read_status(slurm, Standing("PENDING", "BeginTime")))
+    assert line.endswith("preempted; attempt 2 began 10.0 s later, from step 1")
 
 
 def test_a_job_that_is_cancelled_in_the_queue_says_that_it_never_began(record: JobRecord) -> None:
