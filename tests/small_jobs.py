@@ -159,7 +159,8 @@ class Job:
         return job_marker(read_secrets(secrets_path(self.run_dir, attempt)))
 
     def marker_if_known(self) -> str:
-        with contextlib.suppress(OSError):
+        # It may be half written.
+        with contextlib.suppress(OSError, ValueError):
             return self.marker()
         return ""
 

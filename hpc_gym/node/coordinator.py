@@ -226,9 +226,13 @@ class Coordinator:
     async def _hear_guardian(self, channel: Channel) -> None:
         """A guardian reports only that its supervisor has died; the batch script, only the signals it got."""
         while (message := await channel.receive()) is not None:
-            if message.get("type") == "failed":
+            if message.get("type") in ("failed", "lost"):
                 failure = Failure(**message["failure"])
-                self._fail(failure)
+                if message["type"] == "failed":
+                    self._fail(failure)
+                else:
+                    rank = self._give_up(failure, str(message["host"]))
+                    self._record("silent", rank=rank, cause=failure.cause)
                 # It has killed what was left of its node: nothing more comes from there.
                 for peer in self._peers.values():
                     peer.released = peer.released or self._plan.nodes[peer.rank].name == failure.node
@@ -358,13 +362,18 @@ class Coordinator:
         host = host or self._hosts.get(rank, "")
         where = f"host {host}: {cause}" if host else cause
         log = str(self._directory / "events.jsonl")
-        failure = Failure(node.role, node.name, "supervisor", where, log, self._attempt, time.time())
+        self._give_up(Failure(node.role, node.name, "supervisor", where, log, self._attempt, time.time()), host)
+        self._record(event, rank=rank, cause=cause)
+
+    def _give_up(self, failure: Failure, host: str) -> int:
+        """The job goes on without this node, as the next attempt. Returns its rank."""
+        rank = next(node.rank for node in self._plan.nodes if node.name == failure.node)
         self._verdict.lost.append((failure, host))
         if rank in self._peers:
             self._peers[rank].connected = False
         if any(task[0] == rank for task in self._saving):
             self._saving.clear()
-        self._record(event, rank=rank, cause=cause)
+        return rank
 
     def _lose_unreachable(self) -> None:
         """The node that most of the broken connections have in common is the bad one."""

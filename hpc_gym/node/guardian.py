@@ -24,7 +24,7 @@ from types import FrameType
 
 from hpc_gym.node import shared_memory, tree
 from hpc_gym.node.causes import cause_from_log
-from hpc_gym.node.channel import Refused, connect
+from hpc_gym.node.channel import Message, Refused, connect
 from hpc_gym.node.context import NodeContext
 from hpc_gym.node.coordinator import DECIDED, failure_message
 from hpc_gym.node.log_pump import LogPump
@@ -32,8 +32,10 @@ from hpc_gym.node.node_runner import SHARED_MEMORY_RECORD
 from hpc_gym.node.signals import forwarded, start_blocked
 from hpc_gym.protocol.attempt import Failure, Outcome
 
-_MAY_BE_STOPPED_LONGER_S = 5.0
-"""Than a node may be silent, before its supervisor is killed: it may still go on by itself."""
+_BEFORE_SILENT_S = 1.0
+"""So long before a node counts as silent its stopped supervisor is killed: Slurm kills what is left of a node that is
+given up, and nobody cleans up after that.
+"""
 _LOOK_EVERY_S = 1.0
 
 
@@ -104,7 +106,9 @@ def _run_supervisor(context: NodeContext, log: Path) -> tuple[int, float]:
             os.close(sink)
         for number in early:
             child.send_signal(number)
-        watch = _StoppedWatch(child.pid, context.plan.supervision.node_silent_s + _MAY_BE_STOPPED_LONGER_S)
+        supervision = context.plan.supervision
+        allowed = supervision.node_silent_s - supervision.heartbeat_s - _BEFORE_SILENT_S
+        watch = _StoppedWatch(child.pid, max(1.0, allowed))
         code = child.wait()
     stream.ended.wait(0.5)
     pump.close()
@@ -142,8 +146,9 @@ def _report_death(context: NodeContext, log: Path, code: int, stopped_s: float) 
     """
     node, killed_by = context.node, signal.Signals(-code).name if code < 0 else None
     cause = "from outside, or by the kernel for lack of memory" if killed_by == "SIGKILL" else cause_from_log(log)
+    host = socket.gethostname()
     if stopped_s:
-        cause, killed_by = f"host {socket.gethostname()}: stopped by a signal for {stopped_s:.0f} s", None
+        cause, killed_by = f"host {host}: stopped by a signal for {stopped_s:.0f} s", None
     failure = Failure(
         node.role,
         node.name,
@@ -157,9 +162,10 @@ def _report_death(context: NodeContext, log: Path, code: int, stopped_s: float) 
     )
     outcome = Outcome("failed", failure=failure)
     if stopped_s:
-        outcome = Outcome("requeue", "a node was lost", (socket.gethostname(),), failure)
+        outcome = Outcome("requeue", "a node was lost", (host,), failure)
     if node.rank != 0:
-        report(context, failure)
+        message = failure_message(failure.process, failure)
+        tell(context, {**message, "type": "lost", "host": host} if stopped_s else message)
         return outcome
     with contextlib.suppress(OSError, ValueError):
         outcome = Outcome.from_json((context.private_dir / DECIDED).read_text())
@@ -168,16 +174,21 @@ def _report_death(context: NodeContext, log: Path, code: int, stopped_s: float) 
 
 def report(context: NodeContext, failure: Failure) -> bool:
     """Reports a failure to the coordinator from outside a supervisor; whether it was there to hear it."""
+    return tell(context, failure_message(failure.process, failure))
 
-    async def tell() -> None:
+
+def tell(context: NodeContext, message: Message) -> bool:
+    """Sends the coordinator one message; whether it was there to hear it."""
+
+    async def send() -> None:
         async with asyncio.timeout(3):
             host, port = context.coordinator
             channel = await connect(host, port, context.secrets.token, {"guardian": True})
-            channel.send(failure_message(failure.process, failure))
+            channel.send(message)
             await channel.close()
 
     try:
-        asyncio.run(tell())
+        asyncio.run(send())
     except (OSError, TimeoutError, Refused):
         return False
     return True

@@ -228,8 +228,8 @@ def test_a_killed_job_script_leaves_nothing(job: MakeJob) -> None:
     assert run.left(marker) == []
 
 
-@pytest.mark.parametrize("rank, said", [(0, "stopped by a signal for"), (1, "no heartbeat")])
-def test_a_node_that_falls_silent_is_given_up_and_the_next_attempt_follows(job: MakeJob, rank: int, said: str) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_node_whose_supervisor_is_stopped_is_given_up_and_the_next_attempt_follows(job: MakeJob, rank: int) -> None:
     second_time_well = "import os, time; time.sleep(0 if os.environ['HPC_GYM_ATTEMPT'] == '2' else 600)"
     run = job([service("server", FOREVER)], [task("rank-0", second_time_well)]).start()
     run.pid("rank-0")
@@ -238,7 +238,7 @@ def test_a_node_that_falls_silent_is_given_up_and_the_next_attempt_follows(job: 
     run.until(lambda: (run.run_dir / "attempts/2").exists(), 60)
     first = json.loads((run.run_dir / "attempts/1/outcome.json").read_text())
     assert (first["kind"], first["failure"]["node"]) == ("requeue", ["rollout-0", "train-0"][rank])
-    assert said in first["failure"]["cause"]
+    assert "stopped by a signal for" in first["failure"]["cause"]
     assert run.wait() == 0
     assert run.left(marker) == []
 
