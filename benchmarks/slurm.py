@@ -100,7 +100,7 @@ def table(found: dict[str, Row]) -> str:
             "",
             "Jobs of two and three nodes with small programs as roles; all clusters share this machine's cores.",
             "A requeued job waits 5 s here (`cred_expire`; 120 s by default). A lost node is given back to Slurm; that",
-            "of the coordinator nobody but Slurm can miss, after SlurmdTimeout and up to a third more.",
+            "of the coordinator nobody but Slurm can miss, after SlurmdTimeout and up to two thirds more.",
         ]
     )
 

@@ -155,8 +155,8 @@ class SlurmJob:
     @property
     def patience(self) -> float:
         """Seconds after which a job has come back from whatever happened to a node."""
-        # Slurm asks its nodes every third of the time-out.
-        return 120 + 1.4 * self.cluster.settings().slurmd_timeout
+        # Slurm asks its nodes every third of the time-out, and has taken up to 1.7 times of it.
+        return 120 + 2 * self.cluster.settings().slurmd_timeout
 
     def left(self) -> dict[str, list[str]]:
         """Processes on the nodes."""
