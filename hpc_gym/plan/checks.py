@@ -18,6 +18,7 @@ from hpc_gym.plan.judge import judge_problems
 from hpc_gym.plan.launch import carried_over
 from hpc_gym.plan.processes import gpus_of_judge
 from hpc_gym.plan.spread import gpus_per_replica, nodes_of, spread_problems
+from hpc_gym.plan.values import value_problems
 from hpc_gym.runtimes.spec import cache_folder
 
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -35,7 +36,7 @@ def role_problems(experiment: Experiment) -> list[Problem]:
         *_gpus(experiment),
         *_lengths(experiment),
         *_sampling(experiment),
-        *_numbers(experiment),
+        *value_problems(experiment),
         *_evaluation(experiment),
         *_weights(experiment),
         *_containers(experiment),
@@ -202,6 +203,8 @@ def _lengths(experiment: Experiment) -> Iterable[Problem]:
             ("vllm",), "max_model_len is missing: say how many tokens a whole rollout may have, prompt included."
         )
         return
+    if length < 1:
+        return
     for name, value in (
         ("rollouts", experiment.rollouts.max_output_tokens),
         ("evaluation", experiment.evaluation.max_output_tokens or 0),
@@ -229,22 +232,6 @@ def _sampling(experiment: Experiment) -> Iterable[Problem]:
             ("grpo", "multi_objective_aggregation"),
             "'normalize_then_sum' would normalize each environment's reward by itself and count a failed rollout in; "
             "allowed: 'sum_then_normalize'.",
-        )
-
-
-def _numbers(experiment: Experiment) -> Iterable[Problem]:
-    """What the programs would refuse, or do nonsense with, only once the job runs."""
-    for name in ("learning_rate", "weight_decay", "beta", "max_grad_norm", "warmup_steps"):
-        value = experiment.grpo.get(name)
-        if isinstance(value, int | float) and value < 0:
-            yield Problem(("grpo", name), f"must not be negative, and is {value}.")
-    beat, silent = experiment.supervision.heartbeat_s, experiment.supervision.node_silent_s
-    if 2 * beat > silent:
-        yield Problem(
-            ("supervision", "heartbeat_s"),
-            f"a node that is heard of every {beat:g} s would count as lost after {silent:g} s of silence "
-            f"(supervision.node_silent_s) when one heartbeat is late: at most {silent / 2:g}.",
-            (("supervision", "node_silent_s"),),
         )
 
 

@@ -39,6 +39,15 @@ CUDA = "runtimes: {device: cuda, inference: inference-cpu, train: train-cpu}\n"
             "must be a finite number, not inf",
         ),
         (["vllm.max_num_seqs=99999999999999999999"], "vllm.max_num_seqs: 99999999999999999999 is too large for"),
+        (["vllm.max_model_len=-8"], "vllm.max_model_len: must be at least 1, and is -8."),
+        (["vllm.tensor_parallel_size=0"], "vllm.tensor_parallel_size: must be at least 1, and is 0."),
+        (
+            ["vllm.gpu_memory_utilization=7"],
+            "vllm.gpu_memory_utilization: must be a share above 0 and up to 1, and is 7.",
+        ),
+        (["cluster.chain=3"], "cluster.chain: only Slurm jobs wait for one another, and cluster.kind is local"),
+        (["secrets=[A B]"], "secrets.0: 'A B' is no name of an environment variable: letters, digits and '_'"),
+        (['cluster.env={"A-B": x}'], "cluster.env.A-B: 'A-B' is no name of an environment variable"),
         (["grpo.learning_rate=-1e-5"], "grpo.learning_rate: must not be negative, and is -1e-05."),
         (
             ["supervision.heartbeat_s=100"],
