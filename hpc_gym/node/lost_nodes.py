@@ -1,8 +1,8 @@
 """Gives nodes that are lost back to Slurm before the job is queued again.
 
 A job that is requeued with a silent node in it waits until Slurm gives that node up: with SlurmdTimeout=300, the
-default, 300 to 500 s, as Slurm asks its nodes every 100 s. What Slurm 22.05 then starts has kept the account of its GPUs
-from the life before (`kill_running_job_by_node_name` calls `cleanup_completing`, not `batch_requeue_fini`): it refuses
+default, 300 to 500 s, as Slurm asks its nodes every 100 s. What Slurm 22.05 then starts has kept the account of GPUs
+of the life before (`kill_running_job_by_node_name` calls `cleanup_completing`, not `batch_requeue_fini`): it refuses
 to make a step of it ("Invalid generic resource"), and counts those GPUs as used until slurmctld is restarted. A job
 that has let go of the node is spared all of it: it waits `cred_expire` seconds only.
 """
