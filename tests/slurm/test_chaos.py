@@ -1,8 +1,8 @@
 """Random faults at random moments of a job: whatever happens, it goes on or ends, leaves nothing, and tells the truth.
 
-A seed gives one job, one moment and one or two faults. HPC_GYM_CHAOS_SEEDS="5,17,100-120" chooses seeds; a failing one
-is run again with `HPC_GYM_CHAOS_SEEDS=5 pytest -m slurm tests/slurm/test_chaos.py`, which is the same only as far as
-the machine's timing is. HPC_GYM_CHAOS_EVENT="saving/kill:srun,crash_node" chooses moment and faults.
+A seed gives one job, one moment and one or two faults. HPC_GYM_CHAOS_SEEDS="5,17,100-120" chooses seeds; a failing test
+says how it is run again, which is the same only as far as the machine's timing is.
+HPC_GYM_CHAOS_EVENT="saving/kill:srun,crash_node" chooses moment and faults.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ MOMENTS = {
     "stopping": 2,
     "again": 3,
 }
+USUAL = [(11, "training/kill:script"), (12, "saving/kill:srun"), (3, "script/kill:guardian"), (27, "")]
+"""What nothing but the job's own watch tells of, and a seed with two faults."""
 FREED_WITHIN_S = 25.0
 """The promise is 10 s, and 5 s more for a checkpoint that is being written: tests elsewhere hold the job to that. Here
 also while it starts up, two things happen at once and the machine is busy.
@@ -61,25 +63,29 @@ OURS = re.compile(r'File "[^"]*/hpc_gym/(?:node|jobs|cli|protocol|plan)/')
 ENDED = ("COMPLETED", "FAILED", "CANCELLED")
 
 
-def seeds() -> list[int]:
-    found: list[int] = []
-    for part in os.environ.get("HPC_GYM_CHAOS_SEEDS", "3,8").split(","):
+def chosen() -> list[tuple[int, str]]:
+    """(seed, event or "") of each test."""
+    wanted, event = os.environ.get("HPC_GYM_CHAOS_SEEDS"), os.environ.get("HPC_GYM_CHAOS_EVENT", "")
+    if not wanted:
+        return [(11, event)] if event else USUAL
+    found: list[tuple[int, str]] = []
+    for part in wanted.split(","):
         first, _, last = part.partition("-")
-        found += range(int(first), int(last or first) + 1)
+        found += [(seed, event) for seed in range(int(first), int(last or first) + 1)]
     return found
 
 
-@pytest.mark.parametrize("seed", seeds())
+@pytest.mark.parametrize("seed, event", chosen())
 def test_whatever_happens_a_job_goes_on_or_ends_leaves_nothing_and_tells_the_truth(
-    submit: Submit, seed: int, request: pytest.FixtureRequest
+    submit: Submit, seed: int, event: str, request: pytest.FixtureRequest
 ) -> None:
     rng = random.Random(seed)
     heterogeneous = rng.random() < 0.35
     moment = rng.choices(list(MOMENTS), list(MOMENTS.values()))[0]
     names = rng.choices(list(FAULTS), list(FAULTS.values()), k=1 if rng.random() < 0.75 else 2)
-    if event := os.environ.get("HPC_GYM_CHAOS_EVENT"):
-        moment, _, chosen = event.partition("/")
-        names = chosen.split(",")
+    if event:
+        moment, _, faults_of_it = event.partition("/")
+        names = faults_of_it.split(",")
     slow: Storage | None = request.getfixturevalue("storage") if "storage_hangs" in names else None
     run = submitted(submit, heterogeneous, slow.path if slow else None)
     before = left_in_folders(run)
@@ -95,7 +101,7 @@ def test_whatever_happens_a_job_goes_on_or_ends_leaves_nothing_and_tells_the_tru
     wrong = [] if "Traceback" not in (said := hpc_gym(run, "status")) else [said]
     wrong += judge(run, struck, requeues, before)
     print("\n".join(wrong), flush=True)
-    again = f"HPC_GYM_CHAOS_SEEDS={seed} pytest -m slurm tests/slurm/test_chaos.py"
+    again = f"HPC_GYM_CHAOS_SEEDS={seed} HPC_GYM_CHAOS_EVENT={event} pytest -m slurm tests/slurm/test_chaos.py"
     assert not wrong, "\n".join([story, again, "", *wrong, "", run.story(), *logs_of(run)])
 
 
