@@ -116,3 +116,50 @@ def test_nemo_gym_resolves_every_shipped_environment_as_the_node_gets_it(project
     assert resolved["policy_base_url"] == "http://127.0.0.1:23457/v1"
     assert resolved["head_server"] == {"host": "127.0.0.1", "port": 23456}
     assert not (tmp_path / "outputs").exists()  # Hydra's folder went where it was told
+
+
+START = """
+import json, sys
+from pathlib import Path
+from nemo_gym.cli.env import _resolve_server_dir
+from nemo_gym.cli.setup_command import setup_env_command
+settings = {"uv_venv_dir": sys.argv[1], "skip_venv_if_present": True, "head_server_deps": [], "python_version": "3.12"}
+print("COMMANDS" + json.dumps([
+    setup_env_command(_resolve_server_dir(Path(each)), settings, "x") for each in sys.argv[2:]
+]))
+"""
+
+
+def test_nemo_gym_starts_a_server_of_ones_own_in_the_gym_runtime(project: Project, tmp_path: Path) -> None:
+    """By NeMo Gym's own functions, with the links of the Plan: its code where it is, every server in one venv."""
+    runtime = built("gym")
+    code = project.folder / "mine/resources_servers/letters"
+    code.mkdir(parents=True)
+    for name in ("app.py", "requirements.txt"):
+        (code / name).touch()
+    (project.folder / "mine/letters.yaml").write_text(
+        "letters: {resources_servers: {letters: {entrypoint: app.py}}}\n"
+        "letters_agent: {responses_api_agents: {simple_agent: {entrypoint: app.py}}}\n"
+    )
+    gym = process(project.plan(more="environments: {letters: {config_paths: [mine/letters.yaml]}}\n"), "gym")
+    private = tmp_path / "private"
+    for link in gym.links:
+        path = Path(link.path.replace("{private_dir}", str(private)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(link.target)
+    venvs = str(yaml.safe_load(gym.files[0].text)["uv_venv_dir"]).replace("{private_dir}", str(private))
+    servers = ["resources_servers/letters", "resources_servers/mcqa", "responses_api_agents/simple_agent"]
+    done = subprocess.run(
+        [str(runtime.python), "-c", START, venvs, *servers, "responses_api_models/vllm_model"],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        cwd=private / "gym",
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    own, *others = json.loads(done.stdout.rpartition("COMMANDS")[2])
+    assert own.startswith(f"cd {private}/gym/resources_servers/letters && source {venvs}/resources_servers/letters/")
+    for command in (own, *others):
+        assert command.endswith("/.venv/bin/activate"), command  # or it would install what the server requires
+        assert Path(command.rpartition("source ")[2]).resolve() == (runtime.root / "bin/activate").resolve()
