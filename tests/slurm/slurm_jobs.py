@@ -224,7 +224,16 @@ def resumed(run: SlurmJob, what: str, since: float, within: float | None = None)
     """Waits for a second life, which is to begin `within` seconds after `since` where that is promised, and for the
     job's good end; the hosts of that life.
     """
-    run.until(lambda: not run.attempt(1).samefile(run.attempt()) and run.events("joined"), run.patience)
+    stirred = time.monotonic()
+
+    def has_begun() -> bool:
+        nonlocal stirred
+        if time.monotonic() - stirred > 15:
+            run.cluster.stir()
+            stirred = time.monotonic()
+        return not run.attempt(1).samefile(run.attempt()) and bool(run.events("joined"))
+
+    run.until(has_begun, run.patience)
     run.figure(f"{what}: running again", run.events("joined")[0]["time"] - since, within=within or run.patience)
     run.freed(run.patience)
     assert run.job.state == "COMPLETED", run.story()

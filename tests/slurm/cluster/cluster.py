@@ -121,6 +121,13 @@ class Cluster:
             raise ClusterError(f"{' '.join(command)}: {done.stderr.strip()}")
         return done.stdout
 
+    def stir(self) -> None:
+        """Lets something happen, as it does all the time on a cluster that is used. Without any change the backfill
+        scheduler of 22.05, which alone starts heterogeneous jobs, does not look whether one that waited may start.
+        """
+        with contextlib.suppress(ClusterError, subprocess.TimeoutExpired):
+            self.slurm("scontrol", "update", f"NodeName={self.node_names[-1]}", "Comment=stirred")
+
     def processes(self, node: str) -> dict[int, str]:
         """What runs on a node besides Slurm and the node's first process: by the machine's process ids."""
         return {
