@@ -59,7 +59,7 @@ test-slurm: bootstrap runtimes ## jobs on a real multi-node Slurm in namespaces 
 	@echo "Jobs with the real parts on a real Slurm"
 	@$(BIN)/pytest --quiet --durations=12 -m "slurm and e2e" tests/slurm
 
-test-fast: bootstrap ## lint, types, import rules and unit tests, side by side, in less than a minute
+test-fast: bootstrap ## lint, types, import rules and unit tests, side by side
 	@$(MAKE) --jobs=2 --output-sync=target lint unit
 
 lint: bootstrap ## ruff, mypy in strict mode, import rules
