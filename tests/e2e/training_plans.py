@@ -46,7 +46,48 @@ def run_directory(
     folder.mkdir(parents=True)
     sources = tuple(_source(folder, name, tokens) for name in ("alpha", "beta"))
     sampling = Sampling(temperature=1.0, top_p=1.0, max_output_tokens=tokens)
-    plan = Plan(
+    evaluation = Evaluation(sources if evaluate else (), evaluate, evaluate, 0, sampling, 2)
+    training = Training(
+        method="grpo",
+        model=str(model),
+        grpo=_grpo(steps, num_generations, num_generations * prompts_per_step // world_size) | dict(grpo or {}),
+        deepspeed={"zero_optimization": {"stage": zero_stage}},
+        prompts_per_step=prompts_per_step,
+        world_size=world_size,
+        max_staleness=0,
+        sources=sources,
+        sampling=sampling,
+        evaluation=evaluation,
+        weight_transfer=weight_transfer,
+        checkpoint_every=checkpoint_every,
+        checkpoints_kept=2,
+        wandb=wandb,
+        on_policy_tolerance=on_policy_tolerance,
+    )
+    (folder / "plan.json").write_text(_plan(folder, training).to_json())
+    return folder
+
+
+def _grpo(steps: int, num_generations: int, batch: int) -> dict[str, Any]:
+    """What the tests do not change unless they say so. `batch`: rollouts of one rank in one step."""
+    return {
+        "max_steps": steps,
+        "num_generations": num_generations,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": 1,
+        "max_completion_length": 512,
+        "model_init_kwargs": {"dtype": "float32"},
+        "bf16": False,
+        "fp16": False,
+        "gradient_checkpointing": False,
+        "beta": 0.0,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+    }
+
+
+def _plan(folder: Path, training: Training) -> Plan:
+    return Plan(
         name=folder.name,
         run_dir=str(folder),
         seed=7,
@@ -55,42 +96,10 @@ def run_directory(
         runtimes={},
         environments=tuple(Environment(name, name, (), 60.0, 2) for name in ("alpha", "beta")),
         rollout=RolloutSettings("policy", 512, 16, 1),
-        training=Training(
-            method="grpo",
-            model=str(model),
-            grpo={
-                "max_steps": steps,
-                "num_generations": num_generations,
-                "per_device_train_batch_size": num_generations * prompts_per_step // world_size,
-                "gradient_accumulation_steps": 1,
-                "max_completion_length": 512,
-                "model_init_kwargs": {"dtype": "float32"},
-                "bf16": False,
-                "fp16": False,
-                "gradient_checkpointing": False,
-                "beta": 0.0,
-                "learning_rate": 1e-3,
-                "lr_scheduler_type": "constant",
-                **(grpo or {}),
-            },
-            deepspeed={"zero_optimization": {"stage": zero_stage}},
-            prompts_per_step=prompts_per_step,
-            world_size=world_size,
-            max_staleness=0,
-            sources=sources,
-            sampling=sampling,
-            evaluation=Evaluation(sources if evaluate else (), evaluate, evaluate, 0, sampling, 2),
-            weight_transfer=weight_transfer,
-            checkpoint_every=checkpoint_every,
-            checkpoints_kept=2,
-            wandb=wandb,
-            on_policy_tolerance=on_policy_tolerance,
-        ),
+        training=training,
         launch=Launch("local"),
         supervision=Supervision(),
     )
-    (folder / "plan.json").write_text(plan.to_json())
-    return folder
 
 
 def _source(folder: Path, name: str, tokens: int) -> DataSource:
