@@ -3,7 +3,7 @@
     python benchmarks/demo_on_slurm.py
 
 Runs `tests/slurm/test_demo_on_slurm.py`, which notes the times. Needs what `tests/slurm/cluster/README.md` says, and
-the runtimes; takes about six minutes.
+the runtimes; takes about eight minutes.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def main() -> None:
     lines += [f"| {figure['event']} | {figure['seconds']:.1f} s |" for figure in figures]
     lines += [
         "",
-        "Three nodes (one with vLLM and NeMo Gym, two with a trainer each) on the cores of one machine. A job trains",
-        "again when a whole step is done; most of that time goes into loading programs anew, and into Slurm's wait",
+        "Three nodes (one with vLLM and NeMo Gym, two with a trainer each, unless another number is said) on the cores",
+        "of one machine. A job trains again when a whole step is done; most of that time goes into loading programs",
+        "anew, and into Slurm's wait",
         f"before a requeued job starts ({figures[0]['requeue_wait']} s here, `cred_expire`).",
         "By `benchmarks/demo_on_slurm.py`.",
     ]
