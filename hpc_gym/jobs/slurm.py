@@ -14,11 +14,13 @@ from pathlib import Path
 
 from hpc_gym.errors import UserError
 from hpc_gym.jobs.records import JobRecord
+from hpc_gym.protocol.attempt import Outcome
 
 _MAY_TAKE_S = 60.0
 """How long one of Slurm's commands is waited for."""
 _ACCOUNTING_MAY_TAKE_S = 5.0
 """The same for sacct, which only adds what squeue has forgotten, and hangs when its database is away."""
+_FIRST_EVENTS = 1 << 16
 _LIVING = ("RUNNING", "PENDING", "REQUEUED")
 _REASONS = {
     "BeginTime": "Slurm holds a requeued job back for a while, or it asked for a later start",
@@ -112,15 +114,28 @@ def _waiting(start: str, reason: str) -> str:
 
 def cancel(record: JobRecord, kill: bool = False) -> None:
     """Asks the job to stop: a running one by a signal to its batch script, so that it ends in good order however short
-    KillWait is; one that waits, or any with `kill`, through Slurm.
+    KillWait is; one that waits or has only begun, or any with `kill`, through Slurm.
     """
     if kill:
         cancel_jobs(record.job_ids)
         return
+    in_good_order = ["--batch", "--signal=INT"] if _has_a_coordinator(record) else []
     # scancel fails for a job that has ended, which is all that is wanted.
-    for options in (["--state=PENDING"], ["--state=RUNNING", "--batch", "--signal=INT"]):
+    for options in (["--state=PENDING"], ["--state=RUNNING", *in_good_order]):
         with contextlib.suppress(UserError):
             ask(["scancel", *options, *record.job_ids])
+
+
+def _has_a_coordinator(record: JobRecord) -> bool:
+    """Whether somebody is there to take a signal to the job script, which would kill a script that has only begun."""
+    latest = Path(record.run_dir) / "attempts" / "latest"
+    try:
+        with (latest / "events.jsonl").open("rb") as file:
+            joined = b'"event": "joined"' in file.read(_FIRST_EVENTS)
+    except OSError:
+        return False
+    outcome = Outcome.read(latest)
+    return joined and (outcome is None or outcome.kind != "requeue")
 
 
 def cancel_jobs(job_ids: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from hpc_gym.node import attempt as attempts
 from hpc_gym.node.channel import LONGEST, Channel, Message, accept
 from hpc_gym.node.context import NodeContext
-from hpc_gym.node.job_signals import JOB_SCRIPT, JobSignals
+from hpc_gym.node.job_signals import JobSignals
 from hpc_gym.node.journal import Journal
 from hpc_gym.node.reach import culprit
 from hpc_gym.node.stall import StepWatch
@@ -104,7 +104,8 @@ class Coordinator:
             await self._stop(outcome)
             outcome = await self._conclude(outcome)
             await asyncio.gather(*(peer.channel.close() for peer in self._peers.values()))
-            if outcome.failure is not None and outcome.failure.process == JOB_SCRIPT:
+            if self._plan.launch.kind == "slurm" and outcome.kind in ("completed", "failed"):
+                # The job script does it too, unless it has been killed.
                 await asyncio.to_thread(attempts.end, Path(self._plan.run_dir))
         finally:
             watch.cancel()
@@ -300,13 +301,19 @@ class Coordinator:
         if task in self._saving:
             self._saving.clear()
 
-    def _checkpoint(self, reason: str) -> None:
+    def _checkpoint(self, reason: str, within_s: float | None = None) -> None:
+        """Orders tasks to save and stop, within `within_s` where that is less than what a time limit leaves."""
         if self._verdict.checkpoint:
             return
         self._verdict.checkpoint = reason
         self._order({"type": "checkpoint"})
         supervision = self._plan.supervision
         allowed = max(1.0, supervision.time_limit_margin_s - supervision.stop_within_s)
+        if within_s is not None:
+            allowed = min(allowed, within_s)
+        if any(rank not in self._peers for rank, _ in self._verdict.tasks):
+            # Ranks that are not all there have nothing to save.
+            allowed = 0.0
         asyncio.get_running_loop().call_later(allowed, self._checkpoint_overdue)
 
     def _checkpoint_overdue(self) -> None:

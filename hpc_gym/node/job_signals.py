@@ -22,10 +22,15 @@ class JobSignals:
     """Takes the signals that any node, or the job script, has received."""
 
     def __init__(
-        self, plan: Plan, attempt: int, verdict: Verdict, save: Callable[[str], None], changed: Callable[[], None]
+        self,
+        plan: Plan,
+        attempt: int,
+        verdict: Verdict,
+        save: Callable[[str, float | None], None],
+        changed: Callable[[], None],
     ) -> None:
-        """`save(reason)` orders tasks to stop at a checkpoint. `changed` is called after the verdict has changed later
-        than `take` returned.
+        """`save(reason, within_s)` orders tasks to stop at a checkpoint. `changed` is called where the verdict has
+        changed after `take` returned.
         """
         self._plan = plan
         self._attempt = attempt
@@ -36,7 +41,7 @@ class JobSignals:
 
     def take(self, signal: str) -> None:
         if signal == "SIGUSR2":
-            self._save(f"the job received {signal}: its time limit is near")
+            self._save(f"the job received {signal}: its time limit is near", None)
         elif signal == "SIGTERM" and self._plan.launch.kind == "slurm":
             if self._asking is None:
                 self._asking = asyncio.create_task(self._ask_slurm(), name="why SIGTERM")
@@ -47,10 +52,10 @@ class JobSignals:
         """SIGTERM is also all that a job hears when Slurm takes its nodes for another: then there is a grace time."""
         standing = await asyncio.to_thread(scontrol.standing, os.environ.get("HPC_GYM_JOB_ID", ""), _ASK_SLURM_FOR_S)
         if standing.preempted and standing.state == "RUNNING":
-            self._save(scontrol.PREEMPTED)
+            self._save(scontrol.PREEMPTED, None)
         elif standing.state == "PENDING":
-            # Until KillWait is over.
-            self._save(scontrol.QUEUED_AGAIN)
+            # SIGKILL follows after KillWait: the other half of it is for the stop.
+            self._save(scontrol.QUEUED_AGAIN, await asyncio.to_thread(scontrol.kill_wait, _ASK_SLURM_FOR_S) / 2)
         elif standing.script_killed_by:
             self._verdict.script_killed = self._script_killed(standing.script_killed_by)
         elif not self._verdict.cancelled:

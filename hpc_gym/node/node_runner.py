@@ -48,6 +48,8 @@ class NodeRunner:
         self._endpoints = Endpoints(context)
         self._children = Children()
         self._stopping = asyncio.Event()
+        self._saving = False
+        """Tasks were told to stop at a checkpoint."""
         self._evidence: asyncio.Task[None] | None = None
         self._ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._processes = [self._managed(spec) for spec in context.node.processes]
@@ -151,6 +153,7 @@ class NodeRunner:
             self._endpoints.learn(message["endpoints"])
             self._reach.learn(message["endpoints"])
         elif kind == "checkpoint":
+            self._saving = True
             for process in self._processes:
                 if process.spec.kind == "task":
                     process.signal_leader(signal.SIGUSR2)
@@ -186,6 +189,10 @@ class NodeRunner:
                 await self._endpoints.known(wanted_endpoints(spec, self._endpoints.names))
                 values = self._endpoints.values
                 run = await asyncio.to_thread(command, self._context, spec, values)
+                if self._saving and spec.kind == "task":
+                    # It has nothing to save yet.
+                    self._link.send({"type": "ended", "process": spec.name, "exit_code": STOPPED_AT_CHECKPOINT})
+                    return
                 self._bonds.begin(process)
                 end = await process.live(run, values, restarts)
             except (OSError, KeyError) as error:

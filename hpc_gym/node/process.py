@@ -83,6 +83,7 @@ class ManagedProcess:
         self._status_due: asyncio.TimerHandle | None = None
         self.given_up: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Set from outside to end the life, with the cause."""
+        self._first_signal: int | None = None
         self._status_told = float("-inf")
         self._stream: Stream | None = None
         self._watch: Watch | None = None
@@ -131,6 +132,9 @@ class ManagedProcess:
         leader = tree.process(child.pid)
         assert leader is not None, "a child that nobody has waited for stays in /proc"
         self.leader, self.members = leader, {child.pid: leader}
+        if self._first_signal is not None:
+            self.signal_leader(self._first_signal)
+            self._first_signal = None
         return self._children.expect(child.pid)
 
     def _start(self, command: Command) -> subprocess.Popen[bytes]:
@@ -179,9 +183,11 @@ class ManagedProcess:
         self.members = {pid: table[pid] for pid in known}
 
     def signal_leader(self, signum: int) -> None:
-        """Sends a signal to the main process only."""
+        """Sends a signal to the main process only; to one that is just being started, once it is there."""
         if self.leader is not None:
             tree.send([self.leader], signum)
+        else:
+            self._first_signal = signum
 
     async def stop(self, grace_s: float) -> None:
         """SIGTERM to the process group, and to what has left it once the main process is gone; after `grace_s`,

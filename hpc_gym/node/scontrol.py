@@ -18,6 +18,7 @@ _CONTROLLER_MAY_BE_AWAY_S = 600.0
 """A controller that is restarted or replaced by its backup comes back; the running job waits for it as its nodes do."""
 _ASK_AGAIN_S = 2.0
 _TRIES = 3
+_KILL_WAIT_S = 30.0
 _CANCELLED_WITHIN_S = 1.0
 _NO_ANSWER = re.compile(
     r"unable to contact|socket timed out|connect failure|communication|zero bytes|temporarily|gave no answer"
@@ -58,6 +59,12 @@ def _killer(exit_code: str) -> str:
     number = int(exit_code.rpartition(":")[2] or 0) if re.fullmatch(r"\d+:\d+", exit_code) else 0
     known = {each.value: each.name for each in signal.Signals}
     return known.get(number, "") if number not in (signal.SIGHUP, signal.SIGTERM) else ""
+
+
+def kill_wait(within_s: float) -> float:
+    """Seconds from Slurm's SIGTERM to its SIGKILL; its default where it gives no answer within `within_s`."""
+    found = re.search(r"^KillWait\s*=\s*(\d+)", _run(["scontrol", "show", "config"], within_s).stdout, re.MULTILINE)
+    return float(found[1]) if found else _KILL_WAIT_S
 
 
 def has_outlived_its_leader(job_id: str) -> bool:

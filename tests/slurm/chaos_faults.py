@@ -140,7 +140,9 @@ class Faults:
             return Struck("crash: the job has no node at this moment")
         host = self._rng.choice(hosts)
         self._run.cluster.crash(host)
-        return Struck(f"crash of {host}", requeues=1, crashed=host)
+        # Slurm requeues the leader of a heterogeneous job alone, where its node is the one.
+        requeues = 2 if self._run.plan.launch.components else 1
+        return Struck(f"crash of {host}", requeues=requeues, crashed=host)
 
     def kill_stepd(self, step: str = "") -> Struck:
         """Slurm's own process above the tasks of a node, or above the job script."""

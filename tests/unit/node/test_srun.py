@@ -75,3 +75,16 @@ def test_slurm_knows_by_what_the_job_script_was_killed(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
     assert scontrol.standing("7").script_killed_by == by
+
+
+@pytest.mark.parametrize(
+    "told, seconds", [("KillWait                = 5 sec", 5.0), ("slurm_load_ctl_conf error", 30.0)]
+)
+def test_slurm_is_asked_how_long_a_job_lives_after_sigterm(
+    told: str, seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = tmp_path / "scontrol"
+    answers.write_text(f"#!/bin/sh\necho 'Configuration data\n{told}\nX = 1'\n")
+    answers.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert scontrol.kill_wait(1.0) == seconds
