@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from hpc_gym.protocol.files import json_objects
 
 _CHUNK = 1 << 20
 
@@ -22,7 +23,7 @@ class JsonLines:
 
     def new(self) -> Iterator[dict[str, Any]]:
         """The objects that have come since."""
-        return parsed(self.lines())
+        return json_objects(self.lines())
 
     def lines(self) -> Iterator[bytes]:
         """The whole lines that have come since, as they are."""
@@ -37,14 +38,3 @@ class JsonLines:
                     yield from lines
         except OSError:
             return
-
-
-def parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """The JSON objects among `lines`. Whatever is none, as a line cut off by the end of an attempt, is passed over."""
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            yield record

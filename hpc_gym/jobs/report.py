@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_gym.errors import UserError
+from hpc_gym.jobs.json_lines import JsonLines
 
 EDGE_STEPS = 5
 """Steps at either end of the training whose mean reward is reported."""
@@ -97,7 +98,8 @@ def paired_gain(differences: Sequence[float]) -> Gain | None:
 
 def training_steps(run_dir: Path) -> list[Record]:
     """The lines of `metrics.jsonl` by step. After a resume steps come again: the last line of a step counts."""
-    return [line for _, line in sorted({line["step"]: line for line in _lines(run_dir / "metrics.jsonl")}.items())]
+    by_step = {line["step"]: line for line in JsonLines(run_dir / "metrics.jsonl").new()}
+    return [line for _, line in sorted(by_step.items())]
 
 
 def draw_curve(run_dir: Path, path: Path) -> Path:
@@ -156,7 +158,7 @@ def _differences(before: Sequence[float | None], after: Sequence[float | None]) 
 def _evaluations(run_dir: Path) -> dict[str, Record]:
     """The evaluations by `before`, `after` or `step N`, in order of steps; the last line of each counts."""
     found: dict[str, Record] = {}
-    for line in sorted(_lines(run_dir / "evaluations.jsonl"), key=lambda line: int(line["step"])):
+    for line in sorted(JsonLines(run_dir / "evaluations.jsonl").new(), key=lambda line: int(line["step"])):
         found[line["when"] if line["when"] != "step" else f"step {line['step']}"] = line
     return found
 
@@ -177,9 +179,8 @@ def _stages(run_dir: Path, steps: Sequence[Record], evaluations: Mapping[str, Re
         marks.append(("training", steps[-1]["time"]))
     if after:
         marks.append(("evaluation after", after["time"]))
-    ended = [
-        line["time"] for line in _lines(run_dir / "attempts" / "latest" / "events.jsonl") if line["event"] == "outcome"
-    ]
+    events = JsonLines(run_dir / "attempts" / "latest" / "events.jsonl")
+    ended = [event["time"] for event in events.new() if event["event"] == "outcome"]
     if ended:
         marks.append(("export, stop", ended[-1]))
     stages, since = {}, submitted
@@ -202,20 +203,3 @@ def _mean(rewards: Iterable[float | None]) -> float | None:
 def _smooth(values: Sequence[float]) -> list[float]:
     """Running mean over the last five values."""
     return [statistics.fmean(values[max(0, end - EDGE_STEPS) : end]) for end in range(1, len(values) + 1)]
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a JSON-lines file that may be growing; a line cut short is left out, no file is none."""
-    found = []
-    try:
-        text = path.read_text(errors="replace")
-    except FileNotFoundError:
-        return []
-    for line in text.splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            found.append(record)
-    return found

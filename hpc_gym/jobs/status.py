@@ -14,7 +14,7 @@ from typing import Any
 
 from hpc_gym.errors import UserError
 from hpc_gym.jobs.earlier import AttemptEnd, EarlierAttempts
-from hpc_gym.jobs.json_lines import JsonLines, parsed
+from hpc_gym.jobs.json_lines import JsonLines
 from hpc_gym.jobs.progress import AttemptProgress, thinned_out
 from hpc_gym.jobs.records import JobRecord
 from hpc_gym.jobs.script_log import without_outcome
@@ -25,6 +25,7 @@ from hpc_gym.jobs.state import standing as state_of
 from hpc_gym.jobs.steps import StepHistory, rewards
 from hpc_gym.plan.plan import Plan
 from hpc_gym.protocol.attempt import Outcome
+from hpc_gym.protocol.files import json_objects
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class StatusReader:
         if attempt != self._progress.attempt:
             self._progress = AttemptProgress(attempt)
             self._events = JsonLines(self._run_dir / "attempts" / str(attempt) / "events.jsonl")
-        for event in parsed(thinned_out(self._events.lines())):
+        for event in json_objects(thinned_out(self._events.lines())):
             self._progress.take(event)
 
     def _last_moment(self) -> float:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,16 @@ def append_whole(path: Path, text: bytes) -> None:
 
 
 def json_rows(text: bytes) -> list[dict[str, Any]]:
-    """All whole JSON objects of a file of lines, in order; a line that was cut off is passed over."""
-    found = []
-    for line in text.splitlines():
+    """All whole JSON objects of a file of lines, in order."""
+    return list(json_objects(text.splitlines()))
+
+
+def json_objects(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The JSON objects among `lines`. What is none is passed over, as a line cut off by the end of its writer."""
+    for line in lines:
         try:
-            row = json.loads(line)
+            found = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict):
-            found.append(row)
-    return found
+        if isinstance(found, dict):
+            yield found

@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 
 from hpc_gym.protocol import codec
-from hpc_gym.protocol.messages import RolloutBatch
+from hpc_gym.protocol.messages import RolloutBatch, Sampling
 from hpc_gym.protocol.trajectory import Outcome, Trajectory
 from hpc_gym.rollout.runs import BadRow, Rollouts, Row
 
@@ -31,10 +31,10 @@ class Batches:
             raise BadRow(f"the batch has {len(batch.rows)} rows and {len(batch.indices)} indices")
         if batch.id in self._running:
             raise BadRow(f"batch {batch.id} is already running")
-        rows: dict[tuple[bytes, int], Row] = {}
+        rows: dict[tuple[bytes, Sampling], Row] = {}
         found = []
         for request, index in zip(batch.rows, batch.indices, strict=True):
-            key = (request.row, hash(request.sampling))
+            key = (request.row, request.sampling)
             try:
                 self._rollouts.environment(request.environment)
                 if key not in rows:
