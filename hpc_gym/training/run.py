@@ -24,8 +24,9 @@ from hpc_gym.training.ranks import Ranks, check_collectives, start_distributed
 from hpc_gym.training.rewards import environment_reward
 from hpc_gym.training.rollouts import RolloutFunction, RolloutRunner, TrainingRows
 from hpc_gym.training.settings import grpo_arguments
+from hpc_gym.training.steps import StepCallback
 from hpc_gym.training.stopping import StopRequested, StopSignal
-from hpc_gym.training.trainer import PolicyTrainer, StepCallback, quiet_libraries
+from hpc_gym.training.trainer import PolicyTrainer, quiet_libraries
 from hpc_gym.weights.sender import WeightSender
 
 WAIT_FOR_SERVERS_S = 3600.0
@@ -38,7 +39,6 @@ class TrainingRun:
     def __init__(self, plan: Plan, client: RolloutClient, stop: StopSignal, attempt: int) -> None:
         self._client = client
         self._stop = stop
-        run_dir = Path(plan.run_dir)
         training = plan.training
         timeout_s = _collective_timeout_s(plan)
         on_gpu = start_distributed(timeout_s)
@@ -46,21 +46,13 @@ class TrainingRun:
         seconds = check_collectives(ranks)
         if ranks.is_first:
             print(f"a first all-reduce of {ranks.world_size} ranks took {seconds:.3f} s", flush=True)
-        self._checkpoints = Checkpoints(run_dir / "checkpoints", training.checkpoints_kept)
+        self._checkpoints = Checkpoints(Path(plan.run_dir) / "checkpoints", training.checkpoints_kept)
         self._resumed = self._find_checkpoint(training.prompts_per_step)
         arguments = grpo_arguments(training, plan.seed, self._checkpoints.folder, on_gpu=on_gpu, timeout_s=timeout_s)
         self._recorder = Recorder(plan, attempt) if ranks.is_first else None
-        sender = (
-            WeightSender(
-                client,
-                training.weight_transfer,  # type: ignore[arg-type]  # `adapter` is refused by grpo_arguments
-                address=os.environ["MASTER_ADDR"],
-                folder=run_dir / "weights",
-            )
-            if ranks.is_first
-            else None
+        self._weights = PolicyWeights(
+            self._policy, self._step, ranks, _sender(plan, client) if ranks.is_first else None
         )
-        self._weights = PolicyWeights(self._policy, self._step, ranks, sender)
         runner = RolloutRunner(client, ranks, stop, self._weights.sync_weights)
         rollouts = RolloutFunction(runner, TrainingRows(plan), ranks)
         environments = sorted({source.environment for source in training.sources})
@@ -138,6 +130,15 @@ class TrainingRun:
                 ranks = f", which {found.world_size} ranks wrote, with {self._ranks.world_size}" if other else ""
                 print(f"resuming from {found.path}{ranks}", flush=True)
         return self._ranks.from_first(found)
+
+
+def _sender(plan: Plan, client: RolloutClient) -> WeightSender:
+    return WeightSender(
+        client,
+        plan.training.weight_transfer,  # type: ignore[arg-type]  # `adapter` is refused by grpo_arguments
+        address=os.environ["MASTER_ADDR"],
+        folder=Path(plan.run_dir) / "weights",
+    )
 
 
 def _draws(count: int) -> Dataset:
