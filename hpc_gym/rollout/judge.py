@@ -236,7 +236,9 @@ class JudgeEndpoint:
         return openai_error(503, "the judge could not be asked; it may be starting", "judge_error")
 
     def _troubled(self, status: int, text: str) -> Response:
-        log.warning("%s", text)
+        # Once: while a judge restarts, NeMo Gym repeats every question twice a second.
+        if text != self.trouble:
+            log.warning("%s", text)
         self.trouble = text
         return openai_error(status, text, "judge_error")
 
