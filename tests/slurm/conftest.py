@@ -69,4 +69,5 @@ def shared(slurm_cluster: Cluster) -> Path:
     return Path(tempfile.mkdtemp(dir=slurm_cluster.shared))
 
 
+from secrecy import planted  # noqa: E402, F401 (a fixture)
 from slurm_jobs import submit  # noqa: E402, F401 (a fixture)

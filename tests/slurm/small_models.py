@@ -1,4 +1,4 @@
-"""Makes a policy and a judge for four environments: small Qwen3s that learnt nemo-gym's example rows by heart, half of
+"""Makes a policy and a judge for five environments: small Qwen3s that learnt nemo-gym's example rows by heart, half of
 them with wrong answers, so that rewards vary and the judge has something to tell apart.
 
 usage (train runtime): small_models.py FOLDER NEMO_GYM_SITE_PACKAGES
@@ -17,12 +17,13 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from hpc_gym.training.demo_model import IGNORED, Batch, Message, Recipe, Row, encode, make_model, make_tokenizer
 
-POLICY_STEPS, JUDGE_STEPS = 80, 40
+POLICY_STEPS, JUDGE_STEPS = 80, 80
 RECIPE = Recipe(hidden_size=64, intermediate_size=192, context=4096, vocabulary=4096)
 Chat = tuple[Row, list[Message]]
 
-# As `math_with_judge` of nemo-gym 0.4.0 asks its judge (`resources_servers/math_with_judge/app.py`); a judge that is
-# asked otherwise says anything, which counts as "different".
+# As `math_with_judge` of nemo-gym 0.4.0 asks its judge (`resources_servers/math_with_judge/app.py`), and
+# `equivalence_llm_judge` with its own template; a judge that is asked otherwise says anything, which counts as
+# "different".
 VERDICTS = ("[[A=B]]", "[[A!=B]]")
 QUESTION = (
     "<|Problem|>\n{question}\n\n<|Start of Assistant A's Answer|>\n{first}\n<|End of Assistant A's Answer|>\n\n"
@@ -68,8 +69,27 @@ def choice(row: Row) -> list[Chat]:
 
 def mathematics(row: Row) -> list[Chat]:
     """Boxed and right, which needs no judge; right in words, which only the judge knows; and no answer."""
-    answers = (f"\\boxed{{{row['expected_answer']}}}", IN_WORDS, WRONG)
+    answers = (boxed(row), IN_WORDS, WRONG)
     return [conversation(row, said(answer)) for answer in answers]
+
+
+def short_answer(row: Row) -> list[Chat]:
+    return [conversation(row, said(answer)) for answer in (boxed(row), WRONG)]
+
+
+def boxed(row: Row) -> str:
+    return f"\\boxed{{{row['expected_answer']}}}"
+
+
+def equivalence(row: Row, template: str) -> list[Chat]:
+    (asked,) = row["responses_create_params"]["input"]
+    chats = []
+    for answer, verdict in zip((boxed(row), WRONG), VERDICTS, strict=True):
+        text = template.format(
+            question=asked["content"], expected_answer=row["expected_answer"], generated_answer=answer
+        )
+        chats.append(({"responses_create_params": {}}, [{"role": "user", "content": text}, said(verdict)]))
+    return chats
 
 
 def judgement(row: Row, system: str) -> list[Chat]:
@@ -87,6 +107,7 @@ DEMONSTRATIONS = {
     "reasoning_gym": puzzle,
     "mcqa": choice,
     "math_with_judge": mathematics,
+    "equivalence_llm_judge": short_answer,
 }
 
 
@@ -100,6 +121,12 @@ def judge_system(packages: Path) -> str:
     """What `math_with_judge` tells its judge before it asks, out of its unmodified source."""
     source = (packages / "resources_servers" / "math_with_judge" / "app.py").read_text()
     return source.split('] = """', 1)[1].split('"""', 1)[0]
+
+
+def judge_template(packages: Path) -> str:
+    """How `equivalence_llm_judge` asks its judge."""
+    folder = packages / "resources_servers" / "equivalence_llm_judge" / "prompt_templates"
+    return (folder / "equivalence_llm_judge.txt").read_text().strip()
 
 
 def make(folder: Path, chats: Sequence[Sequence[Chat]], steps: int) -> None:
@@ -138,7 +165,8 @@ def save(folder: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFa
 
 
 def main(folder: Path, packages: Path) -> None:
-    torch.set_num_threads(2)
+    # On a machine that others use, threads that wait for one another cost more than they give.
+    torch.set_num_threads(1)
     make(
         folder / "policy",
         [[chat for row in rows(packages, name) for chat in shown(row)] for name, shown in DEMONSTRATIONS.items()],
@@ -146,7 +174,9 @@ def main(folder: Path, packages: Path) -> None:
     )
     system = judge_system(packages)
     judgements = [chat for row in rows(packages, "math_with_judge") for chat in judgement(row, system)]
-    make(folder / "judge", [judgements], JUDGE_STEPS)
+    template = judge_template(packages)
+    compared = [chat for row in rows(packages, "equivalence_llm_judge") for chat in equivalence(row, template)]
+    make(folder / "judge", [judgements, compared], JUDGE_STEPS)
 
 
 if __name__ == "__main__":
