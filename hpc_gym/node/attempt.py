@@ -75,12 +75,10 @@ def _note_beginning(run_dir: Path, attempt: int, environment: Mapping[str, str])
         file.write(json.dumps(head | told) + "\n")
 
 
-def _has_ended(run_dir: Path) -> str:
-    """Why a job of a chain has nothing left to do; "" where it has."""
+def _ended(run_dir: Path) -> Outcome | None:
+    """How the run has ended, where a job of a chain, or one that somebody requeued, has nothing left to do."""
     outcome = Outcome.read(run_dir / "attempts" / "latest")
-    if outcome is None or outcome.kind == "requeue":
-        return ""
-    return f"nothing to go on with: the run has ended. {outcome.sentence()}"
+    return None if outcome is None or outcome.kind == "requeue" else outcome
 
 
 def end(run_dir: Path) -> None:
@@ -124,8 +122,10 @@ def _make_secrets(plan: Plan, run_dir: Path, attempt: int, environment: Mapping[
 def main() -> int:
     """Prints the exports, and unsets what now travels in the secrets file. Returns the exit code."""
     run_dir = Path(sys.argv[1]).resolve()
-    if ended := _has_ended(run_dir):
-        print(f"echo {shlex.quote(ended)}; exit 0")
+    if (ended := _ended(run_dir)) is not None:
+        said = f"nothing to go on with: the run has ended. {ended.sentence()}"
+        # Slurm is to say the same of this job.
+        print(f"echo {shlex.quote(said)}; exit {ended.exit_code}")
         return 0
     try:
         exports = begin(run_dir)

@@ -16,6 +16,7 @@ from hpc_gym.errors import UserError
 from hpc_gym.node.attempt import begin
 from hpc_gym.node.environment import process_environment
 from hpc_gym.plan.plan import Launch
+from hpc_gym.protocol.attempt import Failure, Outcome
 from hpc_gym.protocol.secrets import read_secrets
 
 
@@ -113,3 +114,18 @@ def test_a_slurm_process_inherits_what_the_site_set_up(run_dir: Path) -> None:
     env = process_environment(plan, LOGIN_SHELL, {}, {})
     ours = {"PYTHONUNBUFFERED", "TORCHINDUCTOR_CACHE_DIR"}
     assert set(env) == {"PATH", "CUDA_VISIBLE_DEVICES", "SITE_VARIABLE", "SLURM_JOB_ID", *ours}
+
+
+@pytest.mark.parametrize("kind, code", [("completed", 0), ("failed", 1), ("cancelled", 130)])
+def test_a_job_that_is_started_again_after_the_end_of_its_run_ends_as_the_run_did(
+    run_dir: Path, kind: str, code: int
+) -> None:
+    begin(run_dir, {})
+    failure = Failure("train", "train-0", "rank-0", "boom", "/log", 1, 0.0, 1)
+    ended = Outcome(kind, failure=failure if kind == "failed" else None)  # type: ignore[arg-type]
+    ended.write(run_dir, run_dir / "attempts" / "1")
+    script = f'eval "$({shlex.quote(sys.executable)} -m hpc_gym.node.attempt {shlex.quote(str(run_dir))})"; exit 77'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stdout == f"nothing to go on with: the run has ended. {ended.sentence()}\n"
+    assert not (run_dir / "attempts" / "2").exists()
