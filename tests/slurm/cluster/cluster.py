@@ -196,8 +196,9 @@ class Cluster:
         for name in ("head", *self.node_names):
             self._start_host(name)
         self._start_controller(settings)
-        for name in self.node_names:
-            self._start_daemon(name, "slurmd", "slurmd", "-N", name)
+        for name in [each for each in self.node_names if self._start_daemon(each, "slurmd", "slurmd", "-N", each)]:
+            # A node that was away for a moment only may never have been missed: its state does not tell.
+            self._wait(f"slurmd on {name}", _LONG, self._listens(name, 6818))
         self._wait("the nodes", 2 * _LONG, self._all_idle)
 
     def _init_pid(self, host: str) -> int | None:
@@ -228,7 +229,7 @@ class Cluster:
         veth = f"{life.bridge}-{name.removeprefix('node')}"
         subprocess.run(["ip", "link", "del", veth], capture_output=True)
         for line in (
-            f"ip link add {veth} type veth peer name eth0 netns {pid}",
+            f"ip link add {veth} type veth peer name eth0 address {life.hardware_address(name)} netns {pid}",
             f"ip link set {veth} master {life.bridge} up",
             f"nsenter -t {pid} -n ip link set lo up",
             f"nsenter -t {pid} -n ip link set eth0 up",
@@ -273,9 +274,10 @@ class Cluster:
         if fresh:
             subprocess.run(["sacctmgr", "-i", "-Q", "add", "cluster", "hpcgym"], env=self.env, capture_output=True)
 
-    def _start_daemon(self, host: str, name: str, *command: str, wait: bool = True) -> None:
+    def _start_daemon(self, host: str, name: str, *command: str, wait: bool = True) -> bool:
+        """Whether it had to be started."""
         if self._pids(host, name):
-            return
+            return False
         started = subprocess.Popen(
             self._inside(host, command), env=self.env, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -284,6 +286,7 @@ class Cluster:
             raise ClusterError(
                 f"{' '.join(command)} on {host} ended with {started.returncode}; logs: {self.directory}/log"
             )
+        return True
 
     def _inside(self, host: str, command: Sequence[str]) -> list[str]:
         pid = self._init_pid(host)
@@ -306,6 +309,9 @@ class Cluster:
 
     def _succeeds(self, *command: str) -> Callable[[], bool]:
         return lambda: subprocess.run(command, env=self.env, capture_output=True).returncode == 0
+
+    def _listens(self, host: str, port: int) -> Callable[[], bool]:
+        return lambda: f":{port} " in self.on(host, "ss", "-Htln").stdout
 
     def _all_idle(self) -> bool:
         rows = [line.split() for line in self.slurm("sinfo", "-hNpgpu", "-o%N %T").splitlines()]

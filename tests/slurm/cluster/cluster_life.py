@@ -86,6 +86,10 @@ class Life:
         """Of a node, or of `head`."""
         return f"{self.prefix}.{2 if host == 'head' else 10 + int(host.removeprefix('node'))}"
 
+    def hardware_address(self, host: str) -> str:
+        """Stays what it was when a host comes back, as a machine's does: others have it in their tables."""
+        return f"02:77:00:00:{self.network:02x}:{int(self.address(host).rpartition('.')[2]):02x}"
+
     def write(self) -> None:
         """All files of a fresh cluster."""
         settings = self.settings
