@@ -44,6 +44,8 @@ def test_the_demo_lives_through_a_day_without_losing_or_doubling_a_step(demo: Ca
     killed = run.kill_program("rollout-0", "VLLM::EngineCore")
     run.kill_program("rollout-0", "python app.py")
     run.kill_program("rollout-0", "hpc_gym.rollout.server")
+    # So does W&B's service, which gets again what it had not written.
+    run.kill_program("train-0", "wandb-core")
     services = ("vllm-0", "gym", "rollout-server")
     run.until(lambda: all(run.events("restarting", each, attempt=1) for each in services))
     noticed = max(event["time"] for event in run.events("restarting", attempt=1))
