@@ -25,7 +25,7 @@ from hpc_gym.node import lost_nodes, scontrol
 from hpc_gym.node.causes import cause_from_log
 from hpc_gym.node.channel import Message, Refused, connect
 from hpc_gym.node.context import NodeContext
-from hpc_gym.node.srun import Srun, TaskEnd
+from hpc_gym.node.srun import NotStarted, Srun, TaskEnd
 from hpc_gym.plan.plan import Plan
 from hpc_gym.protocol.attempt import Failure, Outcome
 from hpc_gym.protocol.files import json_rows
@@ -90,6 +90,9 @@ class SlurmNodes:
                     srun.kill()
                     return self._wrote(Outcome("failed", failure=failure))
             time.sleep(0.1)
+        if srun.not_started is not None:
+            # Whatever the coordinator says: it only saw the other tasks being killed for that.
+            return self._wrote(self._of_not_started(srun.not_started))
         if -code in _FROM_OUTSIDE and Outcome.read(self._context.attempt_dir) is None:
             return self._srun_killed(code)
         return self._outcome(code, srun.last_words())
@@ -168,9 +171,17 @@ class SlurmNodes:
         before = time.monotonic() - _GUARDIAN_MAY_TAKE_S
         return next((each for each in srun.ends if each.seen < before), None)
 
-    def _of_task(self, ended: TaskEnd) -> Failure:
+    def _of_not_started(self, found: NotStarted) -> Outcome:
+        rank = self._rank(found.host)
+        cause = f"host {found.host}: Slurm did not start its task: {found.why}"
+        return Outcome("requeue", "a node was lost", (found.host,), self._failure(cause, rank=rank))
+
+    def _rank(self, host: str, otherwise: int = 0) -> int:
         hosts = self._context.hosts
-        rank = hosts.index(ended.host) if ended.host in hosts else min(ended.task, len(self._plan.nodes) - 1)
+        return hosts.index(host) if host in hosts else min(otherwise, len(self._plan.nodes) - 1)
+
+    def _of_task(self, ended: TaskEnd) -> Failure:
+        rank = self._rank(ended.host, otherwise=ended.task)
         log = self._submitit(f"{rank}_log.err")
         cause = _OUTSIDE if ended.signal == "SIGKILL" else cause_from_log(log)
         failure = self._failure(cause, log if log.exists() else None, rank, ended.exit_code)

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 _ENDED = re.compile(r"srun: error: (?P<host>[^:\s]+): tasks? (?P<tasks>[\d,-]+): (?P<how>.+)")
+_NOT_STARTED = re.compile(r"srun: error: Task launch for \S+ failed on node (?P<host>\S+): (?P<why>.+)")
 _EXIT_CODE = re.compile(r"Exited with exit code (\d+)")
 _WORDS = 3
 _RANGE = re.compile(r"\[(\w+)[^\]]*\]")
@@ -37,12 +38,22 @@ class TaskEnd:
     """`time.monotonic`."""
 
 
+@dataclass(frozen=True)
+class NotStarted:
+    """A node on which Slurm could not start a task. srun then ends those on all other nodes."""
+
+    host: str
+    why: str
+
+
 class Srun:
     """A running srun. Its words go on to this process's stderr."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self.ends: list[TaskEnd] = []
         """In the order in which srun told of them."""
+        self.not_started: NotStarted | None = None
+        """The first such node."""
         self._words: deque[str] = deque(maxlen=_WORDS)
         self._process = subprocess.Popen(
             command,
@@ -78,6 +89,7 @@ class Srun:
             text = line.decode(errors="replace")
             self._words.append(text.strip())
             self.ends.extend(task_ends(text))
+            self.not_started = self.not_started or not_started(text)
 
 
 def task_ends(line: str) -> Iterator[TaskEnd]:
@@ -92,3 +104,9 @@ def task_ends(line: str) -> Iterator[TaskEnd]:
     # Of several in one line, the first: node[2-3]: tasks 1-2.
     host, task = _RANGE.sub(r"\1", found["host"]), int(re.split("[,-]", found["tasks"])[0])
     yield TaskEnd(host, task, name, int(code[1]) if code else None, time.monotonic())
+
+
+def not_started(line: str) -> NotStarted | None:
+    """What a line of srun's tells of a node on which it could not start a task."""
+    found = _NOT_STARTED.search(line)
+    return NotStarted(found["host"], found["why"].strip()) if found else None

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from cluster import Cluster
 from slurm_jobs import FOREVER, SlurmJob, service, task
 
+from hpc_gym.protocol.attempt import Outcome
+
 Submit = Callable[..., SlurmJob]
 
 
@@ -50,3 +52,16 @@ def test_a_node_that_does_not_reach_the_others_is_left_out(submit: Submit, slurm
         run.until(lambda: "ExcNodeList=node3" in run.cluster.slurm("scontrol", "show", "job", run.id))
     finally:
         route("del")
+
+
+def test_a_node_on_which_slurm_starts_nothing_is_left_out(submit: Submit, slurm_cluster: Cluster) -> None:
+    slurm_cluster.kill_daemon("node2", "slurmd")
+    run = submit([service("server", FOREVER)], *([task(f"rank-{rank}", FOREVER)] for rank in range(2)))
+    run.all_started(attempt=2, within_s=run.patience)
+    assert "node2" not in {run.host(node.name, attempt=2) for node in run.plan.nodes}
+    first = Outcome.read(run.attempt(1))
+    assert first is not None
+    assert first.kind == "requeue"
+    assert first.exclude == ("node2",)
+    assert first.failure is not None
+    assert "did not start" in first.failure.cause

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpc_gym.node import scontrol
-from hpc_gym.node.srun import Srun, TaskEnd, task_ends
+from hpc_gym.node.srun import NotStarted, Srun, TaskEnd, not_started, task_ends
 
 # As Slurm 22.05 writes them.
 LINES = {
@@ -36,6 +36,12 @@ def test_the_end_of_a_task_is_understood(line: str) -> None:
 )
 def test_what_else_it_says_is_no_end_of_a_task(line: str) -> None:
     assert list(task_ends(line)) == []
+
+
+def test_a_node_on_which_nothing_could_be_started_is_understood() -> None:
+    line = "srun: error: Task launch for StepId=9520817.0 failed on node node2: Communication connection failure\n"
+    assert not_started(line) == NotStarted("node2", "Communication connection failure")
+    assert [not_started(other) for other in LINES] == [None] * len(LINES)
 
 
 def test_the_words_of_a_running_srun_are_heard_and_passed_on(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
