@@ -15,13 +15,13 @@ ALLOWED = frozenset({
     "account", "acctg-freq", "batch", "bb", "bbf", "begin", "cluster-constraint", "clusters", "comment",
     "constraint", "container", "container-id", "contiguous", "core-spec", "cores-per-socket", "cpu-freq",
     "cpus-per-gpu", "cpus-per-task", "deadline", "delay-boot", "dependency", "distribution", "exclude", "exclusive",
-    "extra", "extra-node-info", "get-user-env", "gid", "gpu-bind", "gpu-freq", "gpus", "gpus-per-node",
+    "extra", "extra-node-info", "get-user-env", "gid", "gpu-bind", "gpu-freq", "gpus-per-node",
     "gpus-per-socket", "gpus-per-task", "gres", "gres-flags", "hint", "hold", "licenses", "mail-type", "mail-user",
     "mcs-label", "mem", "mem-bind", "mem-per-cpu", "mem-per-gpu", "mincpus", "network", "nice", "nodefile",
     "nodelist", "no-kill", "ntasks-per-core", "ntasks-per-socket", "oom-kill-step", "overcommit", "oversubscribe",
     "partition", "power", "prefer", "priority", "profile", "propagate", "qos", "quiet", "reservation", "resv-ports",
     "segment", "sockets-per-node", "spread-job", "stepmgr", "switches", "thread-spec", "threads-per-core", "time",
-    "time-min", "tmp", "tres-bind", "tres-per-job", "tres-per-task", "uid", "use-min-nodes", "verbose",
+    "time-min", "tmp", "tres-bind", "tres-per-task", "uid", "use-min-nodes", "verbose",
     "wait-all-nodes", "wckey",
 })
 # fmt: on
@@ -32,6 +32,10 @@ OWNED = {
     "ntasks": "hpc-gym starts one supervisor per node",
     "ntasks-per-node": "hpc-gym starts one supervisor per node",
     "ntasks-per-gpu": "hpc-gym starts one supervisor per node",
+    **dict.fromkeys(
+        ("gpus", "tres-per-job"),
+        "Slurm may divide a total unevenly, and all nodes of a role need the same: set gpus-per-node",
+    ),
     "job-name": "the job is called like the experiment: set name",
     "output": "logs go into the run directory",
     "error": "logs go into the run directory",
@@ -55,7 +59,7 @@ OWNED = {
 SRUN_ALLOWED = frozenset({
     "accel-bind", "acctg-freq", "bb", "bbf", "bcast", "bcast-exclude", "comment", "compress", "cpu-bind",
     "cpu-freq", "cpus-per-gpu", "cpus-per-task", "disable-status", "distribution", "epilog", "exact", "gpu-bind",
-    "gpu-freq", "gpus", "gpus-per-node", "gpus-per-socket", "gpus-per-task", "gres", "gres-flags", "hint",
+    "gpu-freq", "gpus-per-node", "gpus-per-socket", "gpus-per-task", "gres", "gres-flags", "hint",
     "job-name", "mem", "mem-bind", "mem-per-cpu", "mem-per-gpu", "mpi", "msg-timeout", "network", "nice",
     "ntasks-per-core", "profile", "prolog", "propagate", "quiet", "quit-on-interrupt", "resv-ports", "send-libs",
     "slurmd-debug", "task-epilog", "task-prolog", "threads", "threads-per-core", "tres-bind", "tres-per-task",
@@ -68,6 +72,7 @@ SRUN_OWNED = {
     "nodes": OWNED["nodes"],
     "ntasks": OWNED["ntasks"],
     "ntasks-per-node": OWNED["ntasks-per-node"],
+    "gpus": OWNED["gpus"],
     "het-group": "hpc-gym starts one srun over all components",
     "overlap": "a supervisor starts nothing with srun that would have to wait for it",
     "export": OWNED["export"],

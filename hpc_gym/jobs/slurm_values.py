@@ -26,8 +26,7 @@ def minutes(text: str) -> float:
 
 def gpus_per_node(options: Directives) -> int:
     """GPUs per node that a component asks for."""
-    for name in ("gpus-per-node", "gres", "gpus-per-task", "gpus"):
+    for name in ("gpus-per-node", "gres", "gpus-per-task"):
         if name in options and (found := _GPUS.search(options[name] or "")):
-            count = int(found[1])
-            return -(-count // int(options["nodes"] or 1)) if name == "gpus" else count
+            return int(found[1])
     return 0

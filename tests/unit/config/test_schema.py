@@ -159,6 +159,11 @@ def test_wrong_values_are_refused_with_what_is_allowed(folder: Path, text: str, 
             "and nodes.train.",
         ),
         (
+            "cluster: {slurm: {gpus: 16}}\n",
+            "top.yaml:2: cluster.slurm.gpus: hpc-gym owns this directive: Slurm may divide a total unevenly, and all "
+            "nodes of a role need the same: set gpus-per-node.",
+        ),
+        (
             "cluster: {slurm: {train: {job_name: x}}}\n",
             "top.yaml:2: cluster.slurm.train.job_name: hpc-gym owns this directive: the job is called like the "
             "experiment: set name.",
