@@ -41,15 +41,17 @@ class Standing:
 
 
 def standing(job_id: str, within_s: float = _CONTROLLER_MAY_BE_AWAY_S) -> Standing:
-    """How Slurm sees the job now; of a heterogeneous job, its leader. `within_s`: how long a controller that gives no
-    answer is asked again.
+    """How Slurm sees the job now; of a heterogeneous job, its leader, and whether any component is taken away.
+    `within_s`: how long a controller that gives no answer is asked again.
     """
-    text = _run(["scontrol", "--oneliner", "show", "job", job_id], within_s).stdout.partition("\n")[0]
-    fields = dict(field.partition("=")[::2] for field in text.split() if "=" in field)
-    preempted = fields.get("PreemptTime", "None") not in ("None", "Unknown", "N/A")
+    text = _run(["scontrol", "--oneliner", "show", "job", job_id], within_s).stdout
+    fields = dict(field.partition("=")[::2] for field in text.partition("\n")[0].split() if "=" in field)
+    preempted = any(when not in ("None", "Unknown", "N/A") for when in re.findall(r"\bPreemptTime=(\S+)", text))
     # While its nodes are cleared a job is COMPLETING, whether it has ended or is queued again.
     queued_again = int(fields.get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     state = "PENDING" if queued_again else fields.get("JobState", "")
+    # What a running job is called while a signal is on its way to it, as that of a preemption.
+    state = "RUNNING" if state == "SIGNALING" else state
     ended = state not in ("PENDING", "RUNNING")
     return Standing(state, preempted, _killer(fields.get("ExitCode", "")) if ended else "")
 

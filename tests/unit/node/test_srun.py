@@ -83,6 +83,18 @@ def test_slurm_knows_by_what_the_job_script_was_killed(
     assert scontrol.standing("7").script_killed_by == by
 
 
+@pytest.mark.parametrize("state", ["RUNNING", "SIGNALING"])
+def test_a_job_of_which_one_component_is_taken_away_is_preempted(
+    state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = tmp_path / "scontrol"
+    lines = f"JobId=7 JobState={state} PreemptTime=None\nJobId=8 JobState=RUNNING PreemptTime=2026-11-20T20:00:00"
+    answers.write_text(f"#!/bin/sh\necho '{lines}'\n")
+    answers.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert scontrol.standing("7") == scontrol.Standing("RUNNING", preempted=True)
+
+
 @pytest.mark.parametrize(
     "told, seconds", [("KillWait                = 5 sec", 5.0), ("slurm_load_ctl_conf error", 30.0)]
 )
