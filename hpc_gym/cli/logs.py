@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from typing import Annotated
 
 import typer
@@ -38,16 +39,17 @@ def logs(
     """
     # Threads for matrices as small as a log's stamps only cost, and hold memory. Said before numpy is imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from pathlib import Path
+
     from hpc_gym.errors import UserError
     from hpc_gym.jobs import logs as job_logs
     from hpc_gym.jobs import records
     from hpc_gym.jobs.log_files import Selection, refuse_unknown
+    from hpc_gym.jobs.state import JobWatch
 
     if errors and follow:
         raise UserError("--errors looks back and --follow ahead: choose one")
     record = records.find(job)
-    from pathlib import Path
-
     run_dir, selection = Path(record.run_dir), Selection(role, node, process, attempt)
     refuse_unknown(run_dir, selection)
     # https://no-color.org
@@ -55,21 +57,22 @@ def logs(
     if errors:
         pieces = job_logs.errors(run_dir, selection, wanted)
     elif follow:
-        from hpc_gym.jobs.state import JobWatch
-
         pieces = job_logs.logs(run_dir, selection, ended=JobWatch(record).ended, color=wanted)
     else:
         pieces = job_logs.logs(run_dir, selection, color=wanted)
-    out, silent = sys.stdout.buffer, True
-    for piece in pieces:
-        silent = False
-        out.write(piece)
-        if follow:
-            out.flush()
-    out.flush()
-    if silent:
-        from hpc_gym.jobs.state import JobWatch
-
+    if not _written(pieces, at_once=follow):
         what = "no errors" if errors else "no lines"
         state = JobWatch(record).state()
         sys.stderr.write(f"hpc-gym: {what} in the logs of job {record.job_id}, which is {state}.\n")
+
+
+def _written(pieces: Iterable[bytes], at_once: bool) -> bool:
+    """Writes the pieces to stdout, each `at_once` where somebody looks on; whether there were any."""
+    out, some = sys.stdout.buffer, False
+    for piece in pieces:
+        some = True
+        out.write(piece)
+        if at_once:
+            out.flush()
+    out.flush()
+    return some

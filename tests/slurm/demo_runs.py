@@ -17,7 +17,7 @@ from slurm_jobs import SlurmJob
 from hpc_gym.jobs.job import HpcgymJob
 from hpc_gym.runtimes.spec import spec_of
 
-START_S = 400.0
+START_S = 300.0
 """Until a job of this kind trains, on a machine with two cores that others use too."""
 
 

@@ -16,7 +16,7 @@ from slurm_jobs import outcome_of
 
 from hpc_gym import submit
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 
 STEPS = 16
 

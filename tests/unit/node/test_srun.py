@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,39 +60,44 @@ def test_the_words_of_a_running_srun_are_heard_and_passed_on(capfdbinary: pytest
     assert capfdbinary.readouterr().err == b"srun: error: node1: task 0: Killed\n"
 
 
+@pytest.fixture
+def scontrol_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts words of Slurm's into the mouth of `scontrol`: states that last a moment cannot be asked for."""
+
+    def says(text: str) -> None:
+        program = tmp_path / "scontrol"
+        program.write_text(f"#!/bin/sh\necho '{text}'\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+    return says
+
+
 @pytest.mark.parametrize(
     "told, by",
     [
         ("JobState=COMPLETING Reason=JobLaunchFailure Restarts=0 ExitCode=0:9", "SIGKILL"),
-        (
-            "JobState=COMPLETING Reason=None Restarts=0 ExitCode=0:15",
-            "",
-        ),  # scancel, to a script that does not ignore it
+        # scancel, to a script that does not ignore it
+        ("JobState=COMPLETING Reason=None Restarts=0 ExitCode=0:15", ""),
         ("JobState=COMPLETING Reason=TimeLimit Restarts=0 ExitCode=0:1", ""),
         ("JobState=RUNNING Reason=None Restarts=0 ExitCode=0:0", ""),
         ("JobState=COMPLETING Reason=BeginTime Restarts=1 ExitCode=0:9", ""),
     ],
 )
 def test_slurm_knows_by_what_the_job_script_was_killed(
-    told: str, by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    told: str, by: str, scontrol_says: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = tmp_path / "scontrol"
-    answers.write_text(f"#!/bin/sh\necho 'JobId=7 {told} PreemptTime=None'\n")
-    answers.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    scontrol_says(f"JobId=7 {told} PreemptTime=None")
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
     assert scontrol.standing("7").script_killed_by == by
 
 
 @pytest.mark.parametrize("state", ["RUNNING", "SIGNALING"])
 def test_a_job_of_which_one_component_is_taken_away_is_preempted(
-    state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    state: str, scontrol_says: Callable[[str], None]
 ) -> None:
-    answers = tmp_path / "scontrol"
     lines = f"JobId=7 JobState={state} PreemptTime=None\nJobId=8 JobState=RUNNING PreemptTime=2026-11-20T20:00:00"
-    answers.write_text(f"#!/bin/sh\necho '{lines}'\n")
-    answers.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    scontrol_says(lines)
     assert scontrol.standing("7") == scontrol.Standing("RUNNING", preempted=True)
 
 
@@ -99,10 +105,7 @@ def test_a_job_of_which_one_component_is_taken_away_is_preempted(
     "told, seconds", [("KillWait                = 5 sec", 5.0), ("slurm_load_ctl_conf error", 30.0)]
 )
 def test_slurm_is_asked_how_long_a_job_lives_after_sigterm(
-    told: str, seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    told: str, seconds: float, scontrol_says: Callable[[str], None]
 ) -> None:
-    answers = tmp_path / "scontrol"
-    answers.write_text(f"#!/bin/sh\necho 'Configuration data\n{told}\nX = 1'\n")
-    answers.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    scontrol_says(f"Configuration data\n{told}\nX = 1")
     assert scontrol.kill_wait(1.0) == seconds
