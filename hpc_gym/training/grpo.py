@@ -96,7 +96,9 @@ def connect(plan: Plan) -> RolloutClient:
 
 
 def leave(code: int) -> Any:
-    """Ends the process at once: a process group whose peers are gone would keep the interpreter waiting at exit."""
+    """Ends the process at once. At the interpreter's own end a process group whose peers are gone would keep it
+    waiting, and a thread of gloo's that is still at work may abort it ("terminate called without an active exception").
+    """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from hpc_gym.training.checkpoints import Checkpoint, CheckpointError
-from hpc_gym.training.ranks import start_distributed
+from hpc_gym.training.grpo import leave
+from hpc_gym.training.ranks import Ranks, start_distributed
 from hpc_gym.training.repartition import repartitioning
 
 ROWS, STEPS = 12, 3
@@ -195,7 +196,9 @@ def main(what: str, folder: str, ranks: str) -> None:
             facts = {"refused": str(error)}
         if os.environ["RANK"] == "0":
             print(json.dumps({"case": name, **facts}), flush=True)
+    Ranks().barrier()
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave(0)

@@ -18,6 +18,7 @@ import torch
 from boundary import OneVllm, post
 from transformers import AutoModelForCausalLM
 
+from hpc_gym.training.grpo import leave
 from hpc_gym.weights.sender import WeightSender, WeightTransferError
 from hpc_gym.weights.wire import TensorSpec
 
@@ -130,3 +131,4 @@ def main(url: str, folder: str, kind: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave(0)
