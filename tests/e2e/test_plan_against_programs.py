@@ -11,13 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
-from small_project import Project, project, row
+from small_project import Project, row
 
 from hpc_gym.plan.plan import Plan, Process
 from hpc_gym.runtimes.spec import RuntimeSpec, is_built, spec_of
 from hpc_gym.shipped import shipped
-
-__all__ = ["project"]
 
 pytestmark = pytest.mark.e2e
 

@@ -13,9 +13,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 from slurm_jobs import FOREVER, SlurmJob, outcome_of, resumed, service, task
-from small_project import Project, project
-
-__all__ = ["project"]
+from small_project import Project
 
 Submit = Callable[..., SlurmJob]
 

@@ -12,14 +12,12 @@ import pytest
 import submitit
 from cluster import Cluster
 from slurm_jobs import FOREVER, SlurmJob, service, task
-from small_project import Project, project
+from small_project import Project
 
 import hpc_gym
 from hpc_gym.jobs.rendering import render
 from hpc_gym.jobs.slurm import states
 from hpc_gym.jobs.state import job_state
-
-__all__ = ["project"]
 
 Submit = Callable[..., SlurmJob]
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from cluster import Cluster
-from small_project import Project, project
+from small_project import Project
 
 from hpc_gym import submit
 from hpc_gym.errors import UserError
@@ -18,8 +18,6 @@ from hpc_gym.jobs.rendering import render
 from hpc_gym.jobs.resume import resume
 from hpc_gym.plan.plan import Plan
 from hpc_gym.protocol.attempt import Outcome
-
-__all__ = ["project"]
 
 
 @pytest.fixture

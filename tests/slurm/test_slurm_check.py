@@ -6,7 +6,7 @@ import getpass
 
 import pytest
 from cluster import Cluster
-from small_project import Project, project  # noqa: F401 (a fixture)
+from small_project import Project
 
 from hpc_gym import submit
 from hpc_gym.errors import UserError
@@ -17,7 +17,7 @@ SLURM = "cluster.kind=slurm"
 
 
 @pytest.fixture
-def check(slurm_cluster: Cluster, project: Project) -> object:  # noqa: F811
+def check(slurm_cluster: Cluster, project: Project) -> object:
     def findings(*overrides: str) -> dict[str, Finding]:
         shared = f"cluster.runs_dir={slurm_cluster.shared}"
         return {each.check: each for each in check_experiment(project.write(), [SLURM, shared, *overrides])}
@@ -66,7 +66,7 @@ def test_a_heterogeneous_request_that_never_fits_as_a_whole_is_found_where_sbatc
 
 def test_what_is_missing_of_the_experiment_hides_nothing_that_slurm_says(
     slurm_cluster: Cluster,
-    project: Project,  # noqa: F811
+    project: Project,
 ) -> None:
     (project.folder / "mcqa.jsonl").unlink()
     wanted = [SLURM, f"cluster.runs_dir={slurm_cluster.shared}", "cluster.slurm.partition=nope", "model.path=./none"]
@@ -109,7 +109,7 @@ def test_nodes_that_lack_what_a_component_asks_for_do_not_count(check) -> None: 
 
 def test_a_submit_without_runtimes_is_refused_before_slurm_hears_of_it(
     slurm_cluster: Cluster,
-    project: Project,  # noqa: F811
+    project: Project,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HPC_GYM_CACHE", str(project.folder / "cache"))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from job_plans import plan, task
+from small_project import Project
 
 from hpc_gym.cli.main import COMMANDS
 from hpc_gym.jobs.records import JobRecord, ProcessIdentity
@@ -191,14 +192,12 @@ def test_output_that_cannot_be_written_is_told_without_a_traceback(environment: 
     assert "Traceback" not in told.stderr
 
 
-def test_a_file_that_cannot_be_looked_at_is_a_sentence(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_a_file_that_cannot_be_looked_at_is_a_sentence(project: Project, environment: dict[str, str]) -> None:
     name = "d" * 300
-    done = subprocess.run(
-        [*HPC_GYM, "submit", "demo", f"cluster.runs_dir={tmp_path / name}", "--dry-run"],
-        **{"capture_output": True, "text": True, "env": environment, "cwd": tmp_path},
-    )
-    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
-    assert f"{name}" in done.stderr and "File name too long" in done.stderr
+    runs = f"cluster.runs_dir={project.folder / name}"
+    told = hpc_gym(environment, "submit", "small.yaml", runs, "--dry-run", cwd=project.folder)
+    assert (told.returncode, "Traceback" in told.stderr) == (2, False)
+    assert name in told.stderr and "File name too long" in told.stderr
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

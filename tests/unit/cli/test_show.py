@@ -6,11 +6,9 @@ import json
 
 import pytest
 import yaml
-from small_project import Project, project
+from small_project import Project
 
 from hpc_gym.cli.main import run
-
-__all__ = ["project"]
 
 
 def test_the_resolved_experiment_is_yaml_that_can_be_submitted(

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_project import Project, project
+from small_project import Project
 
 from hpc_gym.cli.main import run
 from hpc_gym.errors import UserError
@@ -13,8 +13,6 @@ from hpc_gym.jobs.check import check_experiment
 from hpc_gym.jobs.findings import Finding
 from hpc_gym.jobs.slurm_values import minutes
 from hpc_gym.jobs.storage_check import size_text
-
-__all__ = ["project"]
 
 
 def found(findings: list[Finding], check: str) -> Finding:

@@ -9,12 +9,10 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from small_project import Project, project
+from small_project import Project
 
 from hpc_gym.jobs.check import check_experiment
 from hpc_gym.jobs.findings import Finding
-
-__all__ = ["project"]
 
 KEY = "sk-of-the-judge"
 JUDGED = "{{url: {url}, model_name: big, api_key_env: JUDGE_KEY}}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_project import Project, project
+from small_project import Project
 
 from hpc_gym.errors import UserError
 from hpc_gym.jobs.records import JobRecord, ProcessIdentity
@@ -16,8 +16,6 @@ from hpc_gym.jobs.resume import Resumption, prepare_resumption
 from hpc_gym.plan.resolve import resolve
 from hpc_gym.protocol.attempt import Outcome
 from hpc_gym.runtimes.spec import MARKER, default_names, spec_of
-
-__all__ = ["project"]
 
 
 class Ended:

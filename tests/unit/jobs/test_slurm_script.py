@@ -3,12 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from job_plans import plan, task
-from small_project import Project, project
+from small_project import Project
 
 from hpc_gym.jobs.slurm_script import sbatch_options, srun_options
 from hpc_gym.plan.plan import Launch
-
-__all__ = ["project"]
 
 TWO = ({"nodes": 1, "partition": "cpu"}, {"nodes": 2, "gpus_per_node": 8})
 

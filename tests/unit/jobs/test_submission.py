@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import submitit
 from job_plans import plan, task
-from small_project import Project, project
+from small_project import Project
 
 import hpc_gym
 from hpc_gym.errors import UserError
@@ -24,8 +24,6 @@ from hpc_gym.jobs.snapshot import snapshot
 from hpc_gym.jobs.submission import submit_request
 from hpc_gym.plan.plan import Judge, Launch, Plan
 from hpc_gym.runtimes.spec import MARKER, default_names, spec_of
-
-__all__ = ["project"]
 
 
 def test_submitit_finds_the_executor_and_takes_its_parameters(tmp_path: Path) -> None:

@@ -1,3 +1,0 @@
-from small_project import project
-
-__all__ = ["project"]
