@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_gym.node import attempt as attempts
@@ -24,6 +23,7 @@ from hpc_gym.node.channel import LONGEST, Channel, Message, accept
 from hpc_gym.node.context import NodeContext
 from hpc_gym.node.job_signals import JobSignals
 from hpc_gym.node.journal import Journal
+from hpc_gym.node.peers import Peer, Peers
 from hpc_gym.node.reach import culprit
 from hpc_gym.node.stall import StepWatch
 from hpc_gym.node.verdict import Task, Verdict
@@ -45,18 +45,6 @@ _SETTLE_COLLATERAL_S = 1.5
 """As much longer, while all say that a peer is gone: the one that failed may still be in its teardown."""
 
 
-@dataclass
-class Peer:
-    """A supervisor as the coordinator knows it."""
-
-    rank: int
-    host: str
-    channel: Channel
-    last_heard: float
-    connected: bool = True
-    released: bool = False
-
-
 class Coordinator:
     """`run` serves until the attempt has ended on every node and its outcome is written."""
 
@@ -65,12 +53,10 @@ class Coordinator:
         self._plan = plan
         self._attempt = context.attempt
         self._token = context.secrets.token
-        self._hosts = dict(enumerate(context.hosts))
         self._directory = context.attempt_dir
         self._private_dir = context.private_dir
         self._journal = Journal(self._directory / "events.jsonl")
-        self._peers: dict[int, Peer] = {}
-        self._endpoints: dict[int, dict[str, str]] = {}
+        self._peers = Peers(plan.nodes, context.hosts)
         self._saving: set[Task] = set()
         tasks = frozenset((n.rank, p.name) for n in plan.nodes for p in n.processes if p.kind == "task")
         self._verdict = Verdict(tasks)
@@ -78,8 +64,6 @@ class Coordinator:
         self._seen: set[str] = set()
         self._broken: list[tuple[int, int, str]] = []
         """Ranks of which one does not reach the other, and why."""
-        self._orders: list[Message] = []
-        """What was ordered so far, for a node that joins only now."""
         self._started = time.monotonic()
         self._first_cause = 0.0
         self._serving: set[asyncio.Task[None]] = set()
@@ -103,7 +87,7 @@ class Coordinator:
             await self._let_checkpoint_finish(outcome)
             await self._stop(outcome)
             outcome = await self._conclude(outcome)
-            await asyncio.gather(*(peer.channel.close() for peer in self._peers.values()))
+            await asyncio.gather(*(peer.channel.close() for peer in self._peers))
             if self._plan.launch.kind == "slurm" and outcome.kind in ("completed", "failed"):
                 # The job script does it too, unless it has been killed.
                 await asyncio.to_thread(attempts.end, Path(self._plan.run_dir))
@@ -136,14 +120,13 @@ class Coordinator:
         if not verdict.finished():
             await self._until(lambda: bool(verdict.cancelled), _SETTLE_S)
         asked_at = time.monotonic()
-        self._broadcast({"type": "ask"})
+        self._peers.tell({"type": "ask"})
 
         def more_may_come() -> bool:
             if verdict.cancelled or verdict.finished() or not (verdict.failures or verdict.lost):
                 return False
             lost = {failure.node for failure, _ in verdict.lost}
-            waiting = [each for each in self._peers.values() if not each.released and each.last_heard < asked_at]
-            unheard = any(self._plan.nodes[peer.rank].name not in lost for peer in waiting)
+            unheard = self._peers.silent_since(asked_at, lost)
             alone = verdict.only_collateral() and not lost
             return unheard or (alone and time.monotonic() < asked_at + _SETTLE_COLLATERAL_S)
 
@@ -163,19 +146,11 @@ class Coordinator:
         with contextlib.suppress(OSError):
             # For the guardian: should this process be killed now, that is not why the attempt ended.
             (self._private_dir / DECIDED).write_text(outcome.to_json())
-        self._order({"type": "stop", "reason": reason})
+        self._peers.order({"type": "stop", "reason": reason})
         await self._until(self._released, self._plan.supervision.stop_within_s)
 
     def _released(self) -> bool:
-        """Whether no node is left that could still tell us that it is free. One that has not joined yet will."""
-        never_joined = {failure.node for failure, _ in self._verdict.lost} | self._without_supervisor
-        for node in self._plan.nodes:
-            peer = self._peers.get(node.rank)
-            if peer is None and node.name not in never_joined:
-                return False
-            if peer is not None and peer.connected and not peer.released:
-                return False
-        return True
+        return self._peers.all_released({failure.node for failure, _ in self._verdict.lost} | self._without_supervisor)
 
     async def _conclude(self, outcome: Outcome) -> Outcome:
         """Writes the outcome and tells it to all; returns what was written, by whomever."""
@@ -189,7 +164,7 @@ class Coordinator:
             print(f"{self._directory}: the file system hangs; the outcome is still being written", flush=True)
         elif (error := writing.exception()) is not None:
             print(f"the outcome could not be written to {self._directory}: {error}", flush=True)
-        self._broadcast({"type": "end", "outcome": outcome.to_json()})
+        self._peers.tell({"type": "end", "outcome": outcome.to_json()})
         return outcome
 
     def _write(self, outcome: Outcome) -> Outcome:
@@ -211,12 +186,8 @@ class Coordinator:
         writer.close()
 
     async def _hear(self, channel: Channel, hello: Message) -> None:
-        peer = Peer(int(hello["rank"]), str(hello["host"]), channel, time.monotonic())
-        self._peers[peer.rank] = peer
+        peer = self._peers.join(channel, hello)
         self._record("joined", rank=peer.rank, host=peer.host, address=hello["address"], pid=hello["pid"])
-        channel.send(self._registry())
-        for order in self._orders:
-            channel.send(order)
         while (message := await channel.receive()) is not None:
             peer.last_heard = time.monotonic()
             self._take(peer, message)
@@ -235,8 +206,8 @@ class Coordinator:
                     rank = self._give_up(failure, str(message["host"]))
                     self._record("silent", rank=rank, cause=failure.cause)
                 # It has killed what was left of its node: nothing more comes from there.
-                for peer in self._peers.values():
-                    peer.released = peer.released or self._plan.nodes[peer.rank].name == failure.node
+                for peer in self._peers:
+                    peer.released = peer.released or peer.node.name == failure.node
             elif message.get("type") == "task_ended":
                 self._take_end_of_task(Failure(**message["failure"]))
             elif message.get("type") == "signal":
@@ -249,7 +220,7 @@ class Coordinator:
             self._fail(failure)
             return
         rank = next(node.rank for node in self._plan.nodes if node.name == failure.node)
-        if rank in self._peers and self._peers[rank].connected:
+        if self._peers.connected(rank):
             return
         self._without_supervisor.add(failure.node)
         told = (*self._verdict.failures, *(lost for lost, _ in self._verdict.lost))
@@ -262,8 +233,7 @@ class Coordinator:
         if kind == "heartbeat":
             peer.channel.send({"type": "heartbeat"})
         elif kind == "endpoints":
-            self._endpoints[peer.rank] = message["endpoints"]
-            self._broadcast(self._registry())
+            self._peers.publish(peer, message["endpoints"])
         elif kind == "event":
             self._journal.write(message["event"])
         elif kind == "ended":
@@ -280,11 +250,11 @@ class Coordinator:
         elif kind == "signal":
             self._signals.take(str(message["signal"]))
         elif kind == "restart":
-            self._order(message)
+            self._peers.order(message)
         elif kind == "evidence":
             self._without_evidence.discard(peer.rank)
         elif kind == "unfit":
-            self._lose(peer.rank, peer.host, f"not fit for the job: {message['cause']}", "unfit")
+            self._lose(peer.rank, f"not fit for the job: {message['cause']}", "unfit")
         elif kind == "unreachable":
             self._broken.append((peer.rank, int(message["of"]), str(message["cause"])))
             if len(self._broken) == 1:
@@ -306,7 +276,7 @@ class Coordinator:
         if self._verdict.checkpoint:
             return
         self._verdict.checkpoint = reason
-        self._order({"type": "checkpoint"})
+        self._peers.order({"type": "checkpoint"})
         supervision = self._plan.supervision
         allowed = max(1.0, supervision.time_limit_margin_s - supervision.stop_within_s)
         if within_s is not None:
@@ -329,16 +299,15 @@ class Coordinator:
             now = time.monotonic()
             if now - looked > every + 1.0:
                 # This process itself was held up: what others sent meanwhile is still to be read.
-                for peer in self._peers.values():
+                for peer in self._peers:
                     peer.last_heard = max(peer.last_heard, now - supervision.heartbeat_s)
             looked = now
-            for peer in self._peers.values():
+            for peer in self._peers:
                 if not peer.released and now - peer.last_heard > supervision.node_silent_s:
-                    self._lose(peer.rank, peer.host, f"no heartbeat for {now - peer.last_heard:.0f} s")
+                    self._lose(peer.rank, f"no heartbeat for {now - peer.last_heard:.0f} s")
             if now - self._started > JOIN_WITHIN_S:
-                for node in self._plan.nodes:
-                    if node.rank not in self._peers:
-                        self._lose(node.rank, "", f"its supervisor did not report within {JOIN_WITHIN_S:g} s")
+                for node in self._peers.missing():
+                    self._lose(node.rank, f"its supervisor did not report within {JOIN_WITHIN_S:g} s")
             self._changed.set()
 
     async def _watch_steps(self) -> None:
@@ -349,8 +318,8 @@ class Coordinator:
             await asyncio.sleep(_LOOK_AT_STEPS_S)
             silence = await asyncio.to_thread(steps.silence)
         self._record("stalled", cause=silence)
-        self._without_evidence = {rank for rank, peer in self._peers.items() if peer.connected}
-        self._broadcast({"type": "stalled"})
+        self._without_evidence = {peer.rank for peer in self._peers if peer.connected}
+        self._peers.tell({"type": "stalled"})
         await self._until(lambda: not self._without_evidence, _EVIDENCE_WITHIN_S)
         self._verdict.stalled = self._stalled(silence)
         self._verdict.stalled_requeues = self._plan.supervision.on_stall == "requeue"
@@ -362,11 +331,11 @@ class Coordinator:
         log = str(self._directory / "stall")
         return Failure(node.role, node.name, "all ranks", cause, log, self._attempt, time.time())
 
-    def _lose(self, rank: int, host: str, cause: str, event: str = "silent") -> None:
+    def _lose(self, rank: int, cause: str, event: str = "silent") -> None:
         node = self._plan.nodes[rank]
         if any(failure.node == node.name for failure, _ in self._verdict.lost):
             return
-        host = host or self._hosts.get(rank, "")
+        host = self._peers.host(rank)
         where = f"host {host}: {cause}" if host else cause
         log = str(self._directory / "events.jsonl")
         self._give_up(Failure(node.role, node.name, "supervisor", where, log, self._attempt, time.time()), host)
@@ -376,8 +345,7 @@ class Coordinator:
         """The job goes on without this node, as the next attempt. Returns its rank."""
         rank = next(node.rank for node in self._plan.nodes if node.name == failure.node)
         self._verdict.lost.append((failure, host))
-        if rank in self._peers:
-            self._peers[rank].connected = False
+        self._peers.give_up(rank)
         if any(task[0] == rank for task in self._saving):
             self._saving.clear()
         return rank
@@ -386,20 +354,8 @@ class Coordinator:
         """The node that most of the broken connections have in common is the bad one."""
         rank = culprit([(source, target) for source, target, _ in self._broken])
         cause = next(cause for source, target, cause in self._broken if rank in (source, target))
-        host = self._peers[rank].host if rank in self._peers else ""
-        self._lose(rank, host, f"not fit for the job: {cause}", "unfit")
+        self._lose(rank, f"not fit for the job: {cause}", "unfit")
         self._changed.set()
-
-    def _registry(self) -> Message:
-        return {"type": "endpoints", "endpoints": {str(rank): found for rank, found in self._endpoints.items()}}
-
-    def _order(self, message: Message) -> None:
-        self._orders.append(message)
-        self._broadcast(message)
-
-    def _broadcast(self, message: Message) -> None:
-        for peer in self._peers.values():
-            peer.channel.send(message)
 
     def _record(self, event: str, rank: int = 0, **fields: object) -> None:
         node = self._plan.nodes[rank]
