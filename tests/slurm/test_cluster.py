@@ -19,8 +19,6 @@ def test_nodes_have_hosts_addresses_and_loopbacks_of_their_own(slurm_cluster: Cl
 
 
 def test_tmp_is_private_and_shared_is_shared(slurm_cluster: Cluster, shared: Path) -> None:
-    if not slurm_cluster.settings().private_tmp:
-        pytest.skip("the checkout, its interpreter or the cache lies under /tmp, which the nodes must see then")
     slurm_cluster.on("node1", "sh", "-c", f"echo one > /tmp/here; echo two > {shared}/there")
     assert slurm_cluster.on("node2", "cat", "/tmp/here").returncode != 0
     assert slurm_cluster.on("node2", "cat", f"{shared}/there").stdout == "two\n"

@@ -98,7 +98,7 @@ class Cluster:
 
     def tmp(self, node: str) -> Path:
         """A node's /tmp, as the machine sees it."""
-        return self.directory / "nodes" / node / "tmp" if self.settings().private_tmp else Path("/tmp")
+        return self.directory / "nodes" / node / "tmp"
 
     def crash(self, node: str) -> None:
         """A power cut: everything on the node dies at once. `up` brings the node back."""

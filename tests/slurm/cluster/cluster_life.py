@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -16,10 +17,13 @@ from pathlib import Path
 FILES = Path(__file__).resolve().parent / "files"
 
 
-def _works_in_tmp() -> bool:
-    """Whether the checkout, its interpreter or the cache that the tests use lies under /tmp."""
-    cache = os.environ.get("HPC_GYM_CACHE", Path.home() / ".cache")
-    return any(Path(path).resolve().is_relative_to("/tmp") for path in (__file__, sys.executable, cache))
+def _seen_in_tmp(directory: Path) -> list[Path]:
+    """What the nodes need of the machine's /tmp, the outer folders first: the cluster's folder, and the checkout, its
+    interpreter and the cache that the tests use, where they lie there.
+    """
+    checkout, cache = Path(__file__).parents[3], Path(os.environ.get("HPC_GYM_CACHE", Path.home() / ".cache"))
+    found = {path.resolve() for path in (directory, checkout, Path(sys.prefix), cache)}
+    return sorted(path for path in found if path.is_relative_to("/tmp") and path.is_dir())
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,6 @@ class Settings:
     gpus: int = 8
     accounting: int = 1
     """0: no slurmdbd, so no `sacct`."""
-    private_tmp: int = dataclasses.field(default_factory=lambda: int(not _works_in_tmp()))
-    """1: every node has a /tmp of its own, which shows what should have been on shared storage. 0 where the nodes would
-    lose the checkout or the runtimes with it.
-    """
     hosts: int = 0
     """1: the nodes' names are written to the machine's /etc/hosts too."""
     kill_wait: int = 5
@@ -109,6 +109,7 @@ class Life:
         (self.directory / "env").write_text(f"export SLURM_CONF={etc}/slurm.conf\n")
         values = {name.upper(): value for name, value in dataclasses.asdict(settings).items()} | {
             "DIR": self.directory,
+            "SEEN_IN_TMP": shlex.join(map(str, _seen_in_tmp(self.directory))),
             "NET": self.prefix,
             "FIRST_JOB_ID": int((time.time() - 1_700_000_000) / 10),
             "DEF_MEM_PER_CPU": settings.memory_mb // settings.cpus // 2,
