@@ -22,7 +22,7 @@ from hpc_gym.protocol.trajectory import Outcome, Trajectory
 _MAGIC = b"HGYM"
 _VERSION = 1
 _PREFIX = struct.Struct("<4sHHIQI")
-"""Magic, version, zero, bytes of the header, bytes of the arrays, CRC-32 of header and arrays."""
+"""Magic, version, zero, bytes of the header without its padding, bytes of the arrays, CRC-32 of all that follows."""
 PREFIX_BYTES = _PREFIX.size
 MAX_FRAME_BYTES = 1 << 32
 
@@ -51,14 +51,14 @@ _header_decoder = msgspec.msgpack.Decoder(list[_Facts])
 def encode(trajectories: Sequence[Trajectory]) -> bytes:
     """The frame of these trajectories; of none, the smallest frame (it serves as a sign of life)."""
     header = _header_encoder.encode([_facts(trajectory) for trajectory in trajectories])
-    header += b"\xc1" * (-len(header) % 4)
+    padding = bytes(_padding(len(header)))
     lengths = np.array([(t.prompt_ids.size, t.completion_ids.size) for t in trajectories], np.int32)
     arrays: list[NDArray[np.generic]] = [lengths]
     for name, dtype in _ARRAYS:
         arrays += [np.ascontiguousarray(getattr(t, name), dtype) for t in trajectories]
     body = b"".join(array.data.cast("B") for array in arrays if array.size)
-    check = zlib.crc32(body, zlib.crc32(header))
-    return _PREFIX.pack(_MAGIC, _VERSION, 0, len(header), len(body), check) + header + body
+    check = zlib.crc32(body, zlib.crc32(header + padding))
+    return _PREFIX.pack(_MAGIC, _VERSION, 0, len(header), len(body), check) + header + padding + body
 
 
 _ARRAYS = (
@@ -89,7 +89,13 @@ def _facts(trajectory: Trajectory) -> _Facts:
 
 def frame_bytes(prefix: bytes) -> int:
     """Bytes that follow a prefix of `PREFIX_BYTES` bytes. Raises FrameError for anything that is no prefix of ours."""
-    return sum(_sizes(prefix)[:2])
+    header, body, _ = _sizes(prefix)
+    return header + _padding(header) + body
+
+
+def _padding(header: int) -> int:
+    """Bytes between a header of so many bytes and the arrays, which are aligned."""
+    return -header % 4
 
 
 def _sizes(prefix: bytes | memoryview) -> tuple[int, int, int]:
@@ -112,14 +118,14 @@ def decode(frame: bytes) -> list[Trajectory]:
     """
     view = memoryview(frame)
     header_size, body_size, check = _sizes(view)
-    if len(view) != PREFIX_BYTES + header_size + body_size:
-        raise FrameError(f"frame of {len(view)} bytes says it has {PREFIX_BYTES + header_size + body_size}")
+    begin = PREFIX_BYTES + header_size + _padding(header_size)
+    if len(view) != begin + body_size:
+        raise FrameError(f"frame of {len(view)} bytes says it has {begin + body_size}")
     if zlib.crc32(view[PREFIX_BYTES:]) != check:
         raise FrameError("frame changed on its way: its checksum does not fit")
-    header = bytes(view[PREFIX_BYTES : PREFIX_BYTES + header_size]).rstrip(b"\xc1")
-    body = view[PREFIX_BYTES + header_size :]
+    header = view[PREFIX_BYTES : PREFIX_BYTES + header_size]
     try:
-        return _unpack(_header_decoder.decode(header), body)
+        return _unpack(_header_decoder.decode(header), view[begin:])
     except (msgspec.MsgspecError, ValueError) as error:
         raise FrameError(f"frame with contents that do not fit together: {error}") from error
 

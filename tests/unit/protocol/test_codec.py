@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 
 import numpy as np
 import pytest
@@ -57,6 +58,12 @@ def test_what_is_decoded_is_what_was_encoded(sent: list[Trajectory]) -> None:
             left, right = getattr(a, name), getattr(b, name)
             assert left.dtype == right.dtype
             assert left.tobytes() == right.tobytes()
+
+
+@pytest.mark.parametrize("value", [1 / 53, 39 / 89, struct.unpack(">d", b"\x3f\xe0\xc1\xc1\xc1\xc1\xc1\xc1")[0]])
+def test_a_metric_may_end_in_any_byte(value: float) -> None:
+    sent = Trajectory(index=0, outcome=Outcome.OK, metrics={"score": value})
+    assert [each.metrics for each in codec.decode(codec.encode([sent]))] == [{"score": value}]
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
