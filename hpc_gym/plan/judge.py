@@ -165,6 +165,7 @@ def _vllm(experiment: Experiment, judge: Section, names: Names, model: str, gpus
     options = {"seed": experiment.seed, "disable_uvicorn_access_log": True, **judge.vllm}
     argv = (
         *("vllm", "serve", model, "--uds", f"{{private_dir}}/{SOCKET}", "--served-model-name", SERVED_NAME),
+        *("--middleware", "hpc_gym.rollout.engine_health.EngineHealth"),
         *vllm_flags(with_defaults(experiment, options)),
     )
     return Process(
@@ -174,7 +175,8 @@ def _vllm(experiment: Experiment, judge: Section, names: Names, model: str, gpus
         runtime=names.inference,
         argv=argv,
         env=role_env(experiment, "judge", vllm_env(experiment, gpus)),
-        ready=Probe(kind="http", target=SOCKET, path="/health"),
+        # Its dev mode, in which the policy's vLLM asks the engine by itself, opens more than a judge needs.
+        ready=Probe(kind="http", target=SOCKET, path="/engine_health"),
         ready_within_s=experiment.supervision.vllm_ready_s,
         alive_within_s=experiment.supervision.alive_s,
         restarts=experiment.supervision.restarts,
