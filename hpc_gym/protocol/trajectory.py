@@ -20,6 +20,12 @@ class Outcome(StrEnum):
     """No reward exists; `Trajectory.reason` says why. Never trained on."""
 
 
+REPLICA_GONE = ("weights_stale", "replica_lost")
+"""How the reason begins of a rollout whose vLLM replica died, or that found none with the current weights: after a
+restart and a push of weights it can run.
+"""
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """One rollout. P prompt tokens of the first turn, C tokens after them.

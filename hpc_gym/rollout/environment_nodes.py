@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Sequence
 from urllib.parse import quote
 
@@ -53,6 +54,8 @@ class _Node:
         """Of the environment server that was heard last."""
         self.heard = 0.0
         """When it last answered, on the event loop's clock."""
+        self.asked = -math.inf
+        """When it was asked what it answered last."""
         self.running = 0
         self.lost: Lost | None = None
 
@@ -60,10 +63,11 @@ class _Node:
     def ready(self) -> bool:
         return self.health is not None and self.health.ready
 
-    @property
-    def usable(self) -> bool:
-        """NeMo Gym is there. It waits for a judge that is started again by itself."""
-        return self.health is not None and not self.health.missing
+    def usable(self, after: float = -math.inf) -> bool:
+        """NeMo Gym is there, as seen since a moment; that server itself looks every POLL_S. It waits for a judge that
+        is started again by itself.
+        """
+        return self.health is not None and not self.health.missing and self.asked >= after + POLL_S
 
     @property
     def counted_on(self) -> bool:
@@ -96,9 +100,8 @@ class EnvironmentNodes:
         """See `Gym`."""
         return all(node.ready for node in self._nodes)
 
-    @property
-    def usable(self) -> bool:
-        return any(node.usable for node in self._nodes)
+    def usable(self, after: float) -> bool:
+        return any(node.usable(after) for node in self._nodes)
 
     @property
     def total(self) -> int:
@@ -129,12 +132,12 @@ class EnvironmentNodes:
 
     def missing(self) -> str:
         found = [f"{node.health.missing} on {node.name}" if node.health else node.name
-                 for node in self._nodes if not node.usable]  # fmt: skip
+                 for node in self._nodes if not node.usable()]  # fmt: skip
         return ", ".join(sorted(found))
 
     async def run(self, agent: str, body: bytes) -> bytes:
         """See `Gym`."""
-        usable = [node for node in self._nodes if node.usable]
+        usable = [node for node in self._nodes if node.usable()]
         if not usable:
             raise Failed(f"environment_server_lost: {self.missing()} does not answer")
         node = min(usable, key=lambda each: each.running)
@@ -173,6 +176,7 @@ class EnvironmentNodes:
 
     async def _look(self, node: _Node) -> None:
         loop = asyncio.get_running_loop()
+        asked = loop.time()
         try:
             timeout = aiohttp.ClientTimeout(total=ASK_S)
             async with self._http().get(f"{node.base}/health", timeout=timeout) as answer:
@@ -192,7 +196,7 @@ class EnvironmentNodes:
             node.lose("was restarted")
         if node.health is None or node.health.status != health.status:
             log.info("%s: %s", node.name, health.status)
-        node.health, node.nonce, node.heard = health, health.nonce, loop.time()
+        node.health, node.nonce, node.heard, node.asked = health, health.nonce, loop.time(), asked
 
     def _http(self) -> aiohttp.ClientSession:
         if self._session is None:

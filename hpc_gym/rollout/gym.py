@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Coroutine
 from typing import Any, Protocol
 
@@ -31,9 +32,8 @@ class Gym(Protocol):
     def ready(self) -> bool:
         """All of it is there."""
 
-    @property
-    def usable(self) -> bool:
-        """Enough of it is there for rollouts to run."""
+    def usable(self, after: float) -> bool:
+        """Whether enough of it is there for rollouts to run, as seen since a moment on the event loop's clock."""
 
     @property
     def total(self) -> int:
@@ -102,6 +102,8 @@ class NemoGym:
         self._head = f"http://127.0.0.1:{head_port}"
         self._urls: dict[str, str] = {}
         self._up: set[str] = set()
+        self._looked = -math.inf
+        """When the newest look began that has ended."""
         self._lost: Lost | None = None
         self._session: aiohttp.ClientSession | None = None
 
@@ -149,9 +151,8 @@ class NemoGym:
         """Every server answers."""
         return bool(self._urls) and len(self._up) == len(self._urls)
 
-    @property
-    def usable(self) -> bool:
-        return self.ready
+    def usable(self, after: float) -> bool:
+        return self.ready and self._looked >= after
 
     def status(self) -> str:
         return f"NeMo Gym {self.answering}/{self.total or '?'} servers ready"
@@ -167,6 +168,7 @@ class NemoGym:
             await asyncio.sleep(POLL_S)
 
     async def _look(self) -> None:
+        began = asyncio.get_running_loop().time()
         urls = await self._instances()
         answers = await asyncio.gather(*(self._answers(url) for url in urls.values()))
         up = {name for name, answer in zip(urls, answers, strict=True) if answer}
@@ -175,7 +177,7 @@ class NemoGym:
         lost = sorted(name for name in self._up if name not in up or urls[name] != self._urls[name])
         if up != self._up:
             log.info("NeMo Gym: %d/%d servers answer", len(up), len(urls))
-        self._urls, self._up = urls, up
+        self._urls, self._up, self._looked = urls, up, began
         if lost:
             log.warning("NeMo Gym lost %s", ", ".join(lost))
             if self._lost is not None:

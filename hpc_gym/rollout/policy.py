@@ -26,7 +26,7 @@ from hpc_gym.rollout import chat
 from hpc_gym.rollout.conversation import Conversation, StaleWeights
 from hpc_gym.rollout.memo import Memo
 from hpc_gym.rollout.prompts import Prompts, encode
-from hpc_gym.rollout.replicas import Replica
+from hpc_gym.rollout.replicas import ASK_S, Replica
 from hpc_gym.rollout.serving import as_json, openai_error
 from hpc_gym.rollout.splice import SpliceError
 from hpc_gym.rollout.vllm import Choice, Message, Rendered, VllmError, VllmUnreachable, unconstrained
@@ -130,7 +130,9 @@ class PolicyEndpoint:
                 raise self._overflow(conversation, error.text) from error
             if 400 <= error.status < 500 and error.status != 429:
                 raise _failed(conversation, 400, f"policy_request_refused: {error}") from error
-            raise _failed(conversation, 424, f"vllm_error: {error}") from error
+            # Of an engine that has just died vLLM itself answers, and a moment later nobody.
+            code = "vllm_error" if await conversation.replica.vllm.healthy(ASK_S) else "replica_lost"
+            raise _failed(conversation, 424, f"{code}: {error}") from error
         except VllmUnreachable as error:
             code = "replica_lost" if _left(conversation) > 0 else "deadline"
             raise _failed(conversation, 424, f"{code}: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import msgspec
 
 from hpc_gym.plan.plan import Environment
 from hpc_gym.protocol.messages import RolloutRequest, Sampling
-from hpc_gym.protocol.trajectory import Outcome, Trajectory
+from hpc_gym.protocol.trajectory import REPLICA_GONE, Outcome, Trajectory
 from hpc_gym.rollout.conversation import Conversation
 from hpc_gym.rollout.gym import Gym
 from hpc_gym.rollout.outcomes import Failed, read_verdict, worth_retrying
@@ -108,10 +109,10 @@ class Rollouts:
         loop = asyncio.get_running_loop()
         start = loop.time()
         deadline = start + environment.timeout_s
-        first = ""
+        first, failed_at = "", -math.inf
         for attempt in itertools.count(1):
             try:
-                conversation = await self._open(group, weight_version, deadline)
+                conversation = await self._open(group, weight_version, deadline, failed_at)
                 try:
                     reward, metrics = await self._attempt(environment, conversation, row)
                 finally:
@@ -122,9 +123,10 @@ class Rollouts:
                 first = first or failed.reason
                 over = loop.time() + RETRY_S >= deadline or attempt >= environment.max_attempts
                 if over or not worth_retrying(failed.reason):
-                    reason = first if failed.reason == first else f"{first} (attempt {attempt}: {failed.reason})"
+                    reason = both_reasons(first, failed.reason, attempt)
                     seconds = loop.time() - start
                     return Trajectory(index, Outcome.FAILED, reason, attempts=attempt, seconds=seconds)
+                failed_at = loop.time()
                 await asyncio.sleep(RETRY_S)
             else:
                 return conversation.trajectory(
@@ -138,14 +140,14 @@ class Rollouts:
                 )
         raise AssertionError("unreachable")
 
-    async def _open(self, group: int, weight_version: int, deadline: float) -> Conversation:
-        """A conversation, once there is a replica for it and NeMo Gym is there. Raises Failed when that takes too
-        long.
+    async def _open(self, group: int, weight_version: int, deadline: float, failed_at: float) -> Conversation:
+        """A conversation, once there is a replica for it and NeMo Gym is there, as it was seen to be since an attempt
+        before failed: a server that has just died must not fail this one too. Raises Failed when that takes too long.
         """
         loop = asyncio.get_running_loop()
         while True:
             replica: Replica | None = self._replicas.choose(group, weight_version)
-            if replica is not None and self._gym.usable:
+            if replica is not None and self._gym.usable(failed_at):
                 wanted = max(weight_version, self._replicas.newest)
                 return self._policy.open(replica, wanted, deadline)
             if reason := self._replicas.hopeless(weight_version):
@@ -178,3 +180,12 @@ class Rollouts:
         if conversation.turns == 0:
             raise Failed(f"no_policy_tokens: {conversation.truncated or 'the environment never asked the policy'}")
         return reward, metrics
+
+
+def both_reasons(first: str, last: str, attempt: int) -> str:
+    """The reason of a rollout whose attempts failed: that of the first, but whoever asked for it reads from the
+    beginning whether its replica is gone.
+    """
+    if last == first:
+        return first
+    return f"{last} (attempt 1: {first})" if last.startswith(REPLICA_GONE) else f"{first} (attempt {attempt}: {last})"

@@ -16,15 +16,11 @@ from hpc_gym.protocol.alive import saying_alive
 from hpc_gym.protocol.client import RolloutClient
 from hpc_gym.protocol.messages import RolloutRequest, Sampling
 from hpc_gym.protocol.notify import notify
-from hpc_gym.protocol.trajectory import Outcome, Trajectory
+from hpc_gym.protocol.trajectory import REPLICA_GONE, Outcome, Trajectory
 from hpc_gym.training.stopping import StopRequested, StopSignal
 
 if TYPE_CHECKING:  # it imports torch, which this module does not need
     from hpc_gym.training.ranks import Ranks
-
-REPLICA_GONE = ("weights_stale", "replica_lost")
-"""How the reason begins of a rollout whose vLLM replica died, or that found none with the current weights: after a
-restart and a push of weights it can run."""
 
 
 class NoRollouts(RuntimeError):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import urllib.error
 import urllib.request
 from collections.abc import Coroutine, Iterator
@@ -239,7 +240,7 @@ def test_a_run_that_failed_because_of_the_judge_says_so(served: Served, policies
     nodes = EnvironmentNodes([served.start(server.public(TOKEN))], TOKEN)
     served.watch(server.watch())
     served.watch(watched(nodes))
-    served.until(lambda: nodes.usable and bool(nodes.trouble))
+    served.until(lambda: nodes.usable(-math.inf) and bool(nodes.trouble))
     trouble = "the judge at 127.0.0.1 (judge.url) cannot be asked: it takes no connection"
     reason = failure(served, run(nodes, "x", status=500))
     assert reason == f"agent_error: {trouble}; the agent answered 500: no such tool"
@@ -261,7 +262,7 @@ def test_a_lost_environment_server_fails_its_runs_alone_and_gets_no_more(
     retried = json.loads(served.do(run(spread, f"{policies[0].endpoint}/retried")))
     assert retried["reward"] == 1.0, "a retry at once does not go where the run was lost"
     served.until(lambda: not spread.ready)
-    assert spread.usable
+    assert spread.usable(-math.inf)
     assert not second.done()
     assert json.loads(served.do(run(spread, f"{policies[0].endpoint}/abc")))["reward"] == 1.0
     assert [len(node.gym.runs) for node in nodes] == [1, 3]
@@ -286,9 +287,18 @@ def test_a_lost_nemo_gym_fails_the_runs_of_its_node(
     assert caught.value.reason.partition(":")[0] in ("environment_server_lost", "agent_unreachable", "agent_error")
     served.until(lambda: "environment-1" in spread.missing())
     assert spread.missing() == "its head server of NeMo Gym on environment-1"
-    assert spread.usable
+    assert spread.usable(-math.inf)
     assert not hanging[0].done()
     hanging[0].cancel()
+
+
+def test_another_attempt_waits_until_nemo_gym_was_seen_since_the_one_that_failed(
+    served: Served, spread: EnvironmentNodes, nodes: list[Node]
+) -> None:
+    for gym in (spread, nodes[0].server.gym):
+        failed_at = served.loop.time()
+        assert gym.usable(-math.inf) and not gym.usable(failed_at)
+        served.until(lambda gym=gym, failed_at=failed_at: gym.usable(failed_at))
 
 
 def test_without_the_token_an_environment_server_does_nothing(nodes: list[Node]) -> None:

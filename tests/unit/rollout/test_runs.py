@@ -7,7 +7,8 @@ import json
 import pytest
 
 from hpc_gym.protocol.messages import Sampling
-from hpc_gym.rollout.runs import BadRow, Row
+from hpc_gym.protocol.trajectory import REPLICA_GONE
+from hpc_gym.rollout.runs import BadRow, Row, both_reasons
 
 ROW = {
     "responses_create_params": {
@@ -51,3 +52,17 @@ def test_sampling_is_overridden_and_the_tag_is_put_in() -> None:
 def test_what_is_no_row_is_refused(data: bytes, words: str) -> None:
     with pytest.raises(BadRow, match=words):
         Row(data, Sampling())
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "told"),
+    [
+        ("deadline: 5 s", "deadline: 5 s", "deadline: 5 s"),
+        ("agent_error: 500", "deadline: 5 s", "agent_error: 500 (attempt 2: deadline: 5 s)"),
+        ("vllm_error: 500", "weights_stale: 3", "weights_stale: 3 (attempt 1: vllm_error: 500)"),
+        ("replica_lost: gone", "weights_stale: 3", "weights_stale: 3 (attempt 1: replica_lost: gone)"),
+    ],
+)
+def test_the_reason_of_two_attempts_begins_with_a_replica_that_is_gone(first: str, last: str, told: str) -> None:
+    assert both_reasons(first, last, 2) == told
+    assert told.startswith(REPLICA_GONE) is last.startswith(REPLICA_GONE)
