@@ -107,7 +107,6 @@ class WandbRun:
 
         plan = self._plan
         settings = dict(plan.training.wandb or {})
-        online = settings.get("mode", "offline") == "online"
         run = wandb.init(
             project=settings.get("project"),
             entity=settings.get("entity"),
@@ -115,9 +114,10 @@ class WandbRun:
             group=settings.get("group"),
             tags=settings.get("tags"),
             id=settings.get("run_id"),
-            mode="online" if online else "offline",
-            # wandb 0.31 ignores `resume` offline (wandb_init.py): there the shared id alone joins the attempts.
-            resume="allow" if online else None,
+            mode="online" if settings.get("mode") == "online" else "offline",
+            # Offline too: it is written into the file, and without it `wandb sync` (0.31) puts this part in the place
+            # of those before it.
+            resume="allow",
             dir=plan.run_dir,  # it makes the folder `wandb` in there
             config=_public_config(plan),
             settings=wandb.Settings(

@@ -11,6 +11,7 @@ import torch
 
 from hpc_gym.protocol.alive import saying_alive
 from hpc_gym.training.ranks import Ranks
+from hpc_gym.training.stopping import StopRequested, StopSignal
 from hpc_gym.weights.sender import WeightSender, WeightTransferError
 from hpc_gym.weights.wire import TensorSpec, buckets
 
@@ -18,6 +19,7 @@ RETRY_S = 2.0
 """A rollout server needs a moment to notice that a replica is gone; then the sender waits for its restart."""
 GATHERED_BYTES = 1 << 28
 """ZeRO-3 gathers parameters in groups of so many bytes: one by one is slow, all at once does not fit."""
+_STOPPED = "stopped"
 
 
 class PolicyWeights:
@@ -34,18 +36,22 @@ class PolicyWeights:
         step: Callable[[], int],
         ranks: Ranks,
         sender: WeightSender | None,
+        stop: StopSignal,
         attempts: int = 3,
     ) -> None:
         self._model = model
         self._step = step
         self._ranks = ranks
         self._sender = sender
+        self._stop = stop
         self._attempts = attempts
         self.seconds = 0.0
         """Time spent in transfers, in all."""
 
     def sync_weights(self) -> None:
-        """Sends the weights. Raises WeightTransferError on all ranks alike."""
+        """Sends the weights. Raises WeightTransferError on all ranks alike, and StopRequested when a stop comes while a
+        replica is waited for, which may be starting again.
+        """
         started = time.monotonic()
         specs, named = _parameters(self._model())
         version = self._step()
@@ -55,15 +61,21 @@ class PolicyWeights:
             if self._sender is not None:
                 try:
                     with saying_alive():  # the sender has a deadline for everything it waits for
+                        with self._stop.interruptible():
+                            self._sender.wait_ready()
                         self._sender.send(specs, tensors, version)
                 except WeightTransferError as failure:
                     error = str(failure)
+                except StopRequested:
+                    error = _STOPPED
             # Gathering is a collective: who does not send, or stopped sending, still takes part to the end.
             for _ in tensors:
                 pass
             error = self._ranks.from_first(error)
             if not error:
                 break
+            if error == _STOPPED:
+                raise StopRequested
             if attempt == self._attempts:
                 raise WeightTransferError(f"{error} (tried {attempt} times)")
             if self._ranks.is_first:

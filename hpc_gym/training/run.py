@@ -51,7 +51,7 @@ class TrainingRun:
         arguments = grpo_arguments(training, plan.seed, self._checkpoints.folder, on_gpu=on_gpu, timeout_s=timeout_s)
         self._recorder = Recorder(plan, attempt) if ranks.is_first else None
         self._weights = PolicyWeights(
-            self._policy, self._step, ranks, _sender(plan, client) if ranks.is_first else None
+            self._policy, self._step, ranks, _sender(plan, client) if ranks.is_first else None, stop
         )
         runner = RolloutRunner(client, ranks, stop, self._weights.sync_weights)
         rollouts = RolloutFunction(runner, TrainingRows(plan), ranks)

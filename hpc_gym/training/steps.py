@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from transformers import TrainerCallback
@@ -15,7 +16,7 @@ from hpc_gym.training.metrics import Recorder
 from hpc_gym.training.policy import PolicyWeights
 from hpc_gym.training.ranks import Ranks
 from hpc_gym.training.rollouts import RolloutFunction
-from hpc_gym.training.stopping import StopSignal
+from hpc_gym.training.stopping import StopRequested, StopSignal
 from hpc_gym.training.trainer import PolicyDifference, PolicyTrainer
 
 # TRL's names of what a reader of metrics.jsonl wants, and ours.
@@ -93,7 +94,9 @@ class StepCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         notify(WATCHDOG=1)
-        self.evaluate("step")
+        # A stop ends the training only after this step's metrics are written, which comes next.
+        with suppress(StopRequested):
+            self.evaluate("step")
         if self._ranks.any(self._stop.requested):
             control.should_training_stop = True
         return control

@@ -69,6 +69,13 @@ class WeightSender:
         self._group: TransferGroup | None = None
         self._members: tuple[_Server, ...] = ()
 
+    def wait_ready(self) -> None:
+        """Waits until every replica is there: one that is started again takes its time. Raises WeightTransferError."""
+        try:
+            self._client.wait_ready(self._ready_within_s)
+        except (RolloutServerError, OSError) as error:
+            raise WeightTransferError(str(error)) from error
+
     def send(self, specs: Sequence[TensorSpec], tensors: NamedTensors, version: int) -> None:
         """Lets every replica generate with these weights from now on, under the number `version`.
 

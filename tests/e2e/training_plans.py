@@ -39,6 +39,7 @@ def run_directory(
     weight_transfer: Any = "filesystem",
     on_policy_tolerance: float = 0.0,
     evaluate: bool = False,
+    evaluate_every: int = 0,
     wandb: Mapping[str, Any] | None = None,
     tokens: int = 8,
 ) -> Path:
@@ -46,7 +47,7 @@ def run_directory(
     folder.mkdir(parents=True)
     sources = tuple(_source(folder, name, tokens) for name in ("alpha", "beta"))
     sampling = Sampling(temperature=1.0, top_p=1.0, max_output_tokens=tokens)
-    evaluation = Evaluation(sources if evaluate else (), evaluate, evaluate, 0, sampling, 2)
+    evaluation = Evaluation(sources if evaluate else (), evaluate, evaluate, evaluate_every, sampling, 2)
     training = Training(
         method="grpo",
         model=str(model),
