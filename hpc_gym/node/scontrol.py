@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ _CONTROLLER_MAY_BE_AWAY_S = 600.0
 _ASK_AGAIN_S = 2.0
 _TRIES = 3
 _KILL_WAIT_S = 30.0
+_MOMENT = "%Y-%m-%dT%H:%M:%S"
 _CANCELLED_WITHIN_S = 1.0
 _NO_ANSWER = re.compile(
     r"unable to contact|socket timed out|connect failure|communication|zero bytes|temporarily|gave no answer"
@@ -76,9 +78,7 @@ def has_outlived_its_leader(job_id: str) -> bool:
     their old steps, and perhaps be on one of their nodes. Components that start together have one start time.
     """
     text = _run(["scontrol", "--oneliner", "show", "job", job_id]).stdout
-    starts = [
-        time.mktime(time.strptime(found, "%Y-%m-%dT%H:%M:%S")) for found in re.findall(r"\bStartTime=(\d\S+)", text)
-    ]
+    starts = [time.mktime(time.strptime(found, _MOMENT)) for found in re.findall(r"\bStartTime=(\d\S+)", text)]
     return len(starts) > 1 and starts[0] - min(starts) > _STARTED_TOGETHER_S
 
 
@@ -152,6 +152,14 @@ def fields(job_id: str) -> dict[str, str]:
         if found.get("JobId") == job_id:
             return found
     return {}
+
+
+def time_left(job_id: str) -> float:
+    """Seconds until the job's time limit, whoever changed it since; infinite where there is none, or nobody says."""
+    try:
+        return time.mktime(time.strptime(fields(job_id).get("EndTime", ""), _MOMENT)) - time.time()
+    except ValueError:
+        return math.inf
 
 
 def update(job_id: str, changes: Mapping[str, str]) -> str:

@@ -2,7 +2,7 @@
 
 `RUN_DIR/checkpoints/checkpoint-STEP/` is written by all ranks, as transformers and DeepSpeed do; it counts once it
 holds `complete.json`, which rank 0 writes after every rank has finished. A folder without it was torn by whatever ended
-the attempt: it is never resumed from and is removed.
+the attempt, and so was one whose files are shorter than it says: neither is resumed from, and both are removed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pathlib import Path
 
 MARKER = "complete.json"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
+_OF_RANK = re.compile(r"(?:pp_rank|rng_state)_(\d+)")
+"""In the name of a file that one rank writes: DeepSpeed's parts, and transformers' random state."""
 
 
 class CheckpointError(RuntimeError):
@@ -74,13 +76,26 @@ class Checkpoints:
             if _read(path) is None:
                 shutil.rmtree(path)
 
-    def mark_complete(self, step: int, world_size: int, draws: int) -> None:
-        """Says that all ranks have written the checkpoint of that step: durable, and in one step."""
+    def make_durable(self, step: int, rank: int) -> None:
+        """Returns when what this rank wrote of the checkpoint is on the storage: a node that crashes takes with it what
+        its file system had only in memory. Rank 0 writes what carries no rank's number.
+        """
+        for path in _files(self.path(step)):
+            if int(found[1] if (found := _OF_RANK.search(path.name)) else 0) == rank:
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+
+    def mark_complete(self, step: int, world_size: int, draws: int, seconds: float) -> None:
+        """Says that all ranks have written the checkpoint of that step: durable, and in one step. `seconds`: what
+        writing it took, for whoever must know how long the next one will.
+        """
         path = self.path(step)
         checkpoint = Checkpoint(path, step, world_size, draws)
+        facts = {name: value for name, value in asdict(checkpoint).items() if name != "path"}
+        sizes = {str(file.relative_to(path)): file.stat().st_size for file in _files(path)}
         temporary = path / f".{MARKER}"
         with temporary.open("w") as file:
-            json.dump({name: value for name, value in asdict(checkpoint).items() if name != "path"}, file)
+            json.dump({**facts, "seconds": round(seconds, 3), "bytes": sizes}, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path / MARKER)
@@ -99,9 +114,16 @@ class Checkpoints:
         return [path for path in self.folder.iterdir() if _FOLDER.fullmatch(path.name)]
 
 
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and path.name not in (MARKER, f".{MARKER}")]
+
+
 def _read(path: Path) -> Checkpoint | None:
     try:
         facts = json.loads((path / MARKER).read_text())
+        # Not exactly: to the node that wrote them down, files of the others may have looked shorter (NFS).
+        if any((path / name).stat().st_size < size for name, size in facts.get("bytes", {}).items()):
+            return None
         return Checkpoint(path, int(facts["step"]), int(facts["world_size"]), int(facts["draws"]))
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -153,12 +154,15 @@ class PolicyTrainer(GRPOTrainer):
         if self._ranks.any(self._ranks.is_first and self._checkpoints.is_complete(step)):
             return
         notify(X_SAVING=1)
+        began = time.monotonic()
         try:
             with saying_alive():
                 super()._save_checkpoint(model, trial)
+                self._checkpoints.make_durable(step, self._ranks.rank)
                 self._ranks.barrier()
                 if self._ranks.is_first:
-                    self._checkpoints.mark_complete(step, self._ranks.world_size, step * self._prompts_per_step)
+                    draws, seconds = step * self._prompts_per_step, time.monotonic() - began
+                    self._checkpoints.mark_complete(step, self._ranks.world_size, draws, seconds)
                     self._checkpoints.prune()
                 self._ranks.barrier()
         finally:

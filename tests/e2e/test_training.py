@@ -9,10 +9,12 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from training_plans import ROWS as ROWS_PER_ENVIRONMENT
 from training_plans import copy_of, jsonl, on_other_ranks, run_directory
 from training_processes import json_lines, run_program, start_ranks, wait_ranks
 
@@ -49,9 +51,14 @@ def train(run: Path, attempt: int = 1, mode: str = "fixed", records: str = "", r
 
 def stop_at(run: Path, step: int) -> None:
     """Runs until that step has been trained, asks all ranks to stop in the middle of the next one's rollouts."""
+    stop_when(run, lambda: any(line["step"] == step for line in jsonl(run / "metrics.jsonl")))
+
+
+def stop_when(run: Path, moment: Callable[[], bool]) -> None:
+    """Runs until then, and asks all ranks to stop half a second later; rollouts take one and a half."""
     ranks = begin(run, 1, SLOW_ROLLOUTS_S="1.5")
     end = time.monotonic() + 120
-    while not any(line["step"] == step for line in jsonl(run / "metrics.jsonl")) and time.monotonic() < end:
+    while not moment() and time.monotonic() < end:
         assert all(rank.poll() is None for rank in ranks), (run / "logs" / "rank-0.log").read_text()[-3000:]
         time.sleep(0.05)
     time.sleep(0.5)
@@ -168,10 +175,21 @@ def test_other_ranks_go_on_as_if_they_had_always_been_there(
     rows = {step: sorted(groups) for step, groups in rows_of_steps(run, ranks).items() if step < STEPS}
     assert rows == {step: groups for step, groups in rows_of_steps(before, 2).items() if 4 <= step < STEPS}
     marker = json.loads((run / "checkpoints" / "checkpoint-6" / "complete.json").read_text())
-    assert marker == {"step": 6, "world_size": ranks, "draws": 12}
+    assert (marker["step"], marker["world_size"], marker["draws"]) == (6, ranks, 12)
+    assert marker["seconds"] > 0 and marker["bytes"]["model.safetensors"] > 0 and len(marker["bytes"]) > 2 * ranks
     if steps == STEPS:
         facts = json_lines(run_program("exported.py", run / "model", before / "model"))[0]
         assert facts["distances"][0] < 1e-5
+
+
+def test_a_stop_in_an_evaluation_loses_no_step(model: Path, tmp_path: Path) -> None:
+    run = run_directory(tmp_path / "run", model, steps=3, evaluate=True, evaluate_every=2)
+    rows = 2 * ROWS_PER_ENVIRONMENT * 2
+    stop_when(run, lambda: [2, rows] in [[step, len(groups)] for step, groups in jsonl(run / "draws.0")])
+    train(run, attempt=2)
+    assert [(line["attempt"], line["step"]) for line in jsonl(run / "metrics.jsonl")] == [(1, 1), (1, 2), (2, 3)]
+    evaluated = [(line["attempt"], line["when"], line["step"]) for line in jsonl(run / "evaluations.jsonl")]
+    assert evaluated == [(1, "before", 0), (2, "step", 2), (2, "after", 3)]
 
 
 def rows_of_steps(run: Path, ranks: int) -> dict[int, list[int]]:

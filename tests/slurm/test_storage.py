@@ -48,7 +48,7 @@ def save(kilobytes=8, seconds=0.0):
     time.sleep(seconds)
     with (folder / 'weights').open('ab') as file:
         file.write(bytes([step % 256]) * 512 * kilobytes)
-    checkpoints.mark_complete(step, 1, step)
+    checkpoints.mark_complete(step, 1, step, 1.0)
     notify(X_SAVING=0)
 """
 
