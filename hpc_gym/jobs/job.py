@@ -15,7 +15,7 @@ from hpc_gym.jobs import records
 from hpc_gym.jobs.cancellation import cancel
 from hpc_gym.jobs.log_files import Selection, refuse_unknown
 from hpc_gym.jobs.records import JobRecord
-from hpc_gym.jobs.script_log import script_log, without_outcome
+from hpc_gym.jobs.script_log import output, script_log, without_outcome
 from hpc_gym.jobs.state import JobWatch, has_ended, last_outcome
 
 if TYPE_CHECKING:
@@ -122,11 +122,22 @@ class HpcgymJob(Job[dict[str, Any]]):
             raise UserError(outcome.sentence)
 
     def stdout(self) -> str | None:
-        """What the job script wrote, which ends with how the job ended; None before it began."""
-        try:
-            return script_log(self.record).read_text(errors="replace")
-        except FileNotFoundError:
-            return None
+        """What the job script wrote, which ends with how the job ended; of a `task(K)`, what that one wrote on its
+        node. None before it began.
+        """
+        return _text(output(self.record, self._task_file("out")) if self._is_a_task else script_log(self.record))
+
+    def stderr(self) -> str | None:
+        """What the task of node rank 0 wrote to stderr, or that of a `task(K)`; None before it began."""
+        return _text(output(self.record, self._task_file("err")))
+
+    @property
+    def _is_a_task(self) -> bool:
+        """Whether this stands for one node of a job that has several."""
+        return len(self._tasks) == 1 < self.record.nodes
+
+    def _task_file(self, stream: str) -> str:
+        return f"{self._tasks[0]}_log.{stream}"
 
     def logs(
         self,
@@ -166,3 +177,10 @@ class HpcgymJob(Job[dict[str, Any]]):
     def __del__(self) -> None:
         if getattr(self, "_cancel_at_deletion", False) and not self.done():
             self.cancel(check=False)
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(errors="replace")
+    except FileNotFoundError:
+        return None

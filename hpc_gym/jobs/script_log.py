@@ -11,8 +11,14 @@ _LAST_LINES = 3
 
 def script_log(record: JobRecord) -> Path:
     """The file with the output of the job script, and of the task of node rank 0 in a local job."""
-    name = "batch.out" if record.kind == "slurm" else "0_log.out"
-    return Path(record.run_dir) / "submitit" / f"{record.job_id}_{name}"
+    return output(record, "batch.out" if record.kind == "slurm" else "0_log.out")
+
+
+def output(record: JobRecord, name: str) -> Path:
+    """A file of submitit's of that job: of a chain, of the newest link that has one."""
+    folder = Path(record.run_dir) / "submitit"
+    files = [folder / f"{job_id}_{name}" for job_id in record.job_ids]
+    return next((file for file in reversed(files) if file.exists()), files[0])
 
 
 def without_outcome(record: JobRecord, state: str) -> str:
