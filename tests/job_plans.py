@@ -49,8 +49,9 @@ def plan(
     launch: Launch | None = None,
     **fields: Any,
 ) -> Plan:
-    """A plan of one rollout node, where it has processes, and the training nodes."""
-    nodes = [Node(0, "rollout", 0, 0, tuple(rollout))] if rollout else []
+    """A plan of one rollout node, where it has processes, and the training nodes. `rollout_nodes`: how many such."""
+    count = fields.pop("rollout_nodes", 1)
+    nodes = [Node(index, "rollout", index, 0, tuple(rollout)) for index in range(count if rollout else 0)]
     nodes += [Node(len(nodes) + index, "train", index, 0, tuple(each)) for index, each in enumerate(train)]
     training = Training(
         method="grpo",

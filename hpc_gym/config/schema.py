@@ -253,9 +253,9 @@ class Supervision(Section):
     trainer_alive_s: Annotated[float, Field(ge=0)]
     """A training rank that shows no sign of life for so long counts as hung; 0: never."""
     stall_factor: Annotated[float, Field(ge=0)]
-    """Training counts as stalled after so many medians of a step without one; 0: never."""
+    """Training counts as stalled after so many medians of a step without a step or a rollout; 0: never."""
     stall_at_least_s: _Seconds
-    """But not sooner than this: evaluations and checkpoints are no steps."""
+    """But not sooner than this: checkpoints are no steps. Before the third step it is this alone."""
     on_stall: Literal["stop", "requeue"]
     restarts: _Count
     """How often a service (vLLM, NeMo Gym, the rollout server) is started again in place."""

@@ -96,6 +96,8 @@ class AttemptProgress:
             self.hosts[node] = str(event.get("host", ""))
         elif kind == "checked":
             self.checked.setdefault(node, moment)
+        elif kind == "reached" and (unknown := event.get("unresolved")):
+            self.notes.append(f"node {node} does not resolve {', '.join(unknown)}: the job goes by addresses")
         elif kind == "unfit":
             self.notes.append(f"node {node} is not fit: {event.get('cause', '')}")
         elif kind == "stalled":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hpc_gym.node import tree
 from hpc_gym.node.context import NodeContext
+from hpc_gym.node.guardian import UNFIT
 from hpc_gym.node.node_runner import NodeRunner
 from hpc_gym.protocol.attempt import Outcome
 
@@ -27,7 +28,11 @@ def main() -> int:
     if os.getppid() != guardian:
         return 1
     context = NodeContext.from_environment(Path(sys.argv[1]))
-    context.make_private_dir()
+    try:
+        context.make_private_dir()
+    except OSError as error:
+        print(f"{context.private_dir}: {error.strerror}", flush=True)
+        return UNFIT
 
     async def run() -> Outcome:
         return await NodeRunner(context).run()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 
 from hpc_gym.node import tree
-from hpc_gym.node.context import NodeContext
+from hpc_gym.node.context import NodeContext, host_name
 from hpc_gym.node.engines import Place, entered
 from hpc_gym.node.environment import process_environment, secrets_of
 from hpc_gym.node.placeholders import Values
@@ -61,7 +60,7 @@ def _place(context: NodeContext, spec: Process) -> Place:
     folders += [link.target for link in spec.links]
     visible = [each for each in dict.fromkeys(folders) if each.startswith("/") and Path(each).exists()]
     return Place(
-        host=socket.gethostname(),
+        host=host_name(),
         component=context.node.component,
         heterogeneous=len(plan.launch.components) > 1,
         run_dir=str(context.run_dir),

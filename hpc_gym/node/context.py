@@ -124,6 +124,11 @@ def _digest(secrets: Secrets, purpose: str) -> str:
     return hmac.new(secrets.token.encode(), purpose.encode(), hashlib.sha256).hexdigest()
 
 
+def host_name() -> str:
+    """This node's name. In a job that of Slurm: `hostname` may say it with a domain, which Slurm does not know."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def node_address(plan: Plan, toward: str = "") -> tuple[str, str]:
     """(address, interface) of this node that the other nodes reach it by.
 

@@ -15,6 +15,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import os
+import re
 import time
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from hpc_gym.node.journal import Journal
 from hpc_gym.node.peers import Peer, Peers
 from hpc_gym.node.reach import culprit
 from hpc_gym.node.stall import StepWatch
+from hpc_gym.node.time_limit import TimeLimit
 from hpc_gym.node.verdict import Task, Verdict
 from hpc_gym.protocol.attempt import STOPPED_AT_CHECKPOINT, Failure, Outcome
 
@@ -39,6 +42,7 @@ _WRITE_WITHIN_S = 5.0
 _EVIDENCE_WITHIN_S = 40.0
 _OTHERS_MAY_TELL_S = 3.0
 """From the first connection between nodes that fails: who is at fault is seen from all that do."""
+_ROLLOUTS = re.compile(r"rollouts \d+/\d+")
 _SETTLE_S = 0.5
 """After the first failure: a rank that lost its peer is often faster to report than the one that died."""
 _SETTLE_COLLATERAL_S = 1.5
@@ -71,6 +75,10 @@ class Coordinator:
         """Nodes that are asked what stalls."""
         self._without_supervisor: set[str] = set()
         """Nodes whose task has ended: nothing comes from there any more."""
+        self._steps = StepWatch(Path(plan.run_dir) / "metrics.jsonl", self._attempt, plan.supervision)
+        self._rollouts: dict[Task, str] = {}
+        """How many of its rollouts each rank said were back."""
+        self._time_limit = TimeLimit(plan, os.environ.get("HPC_GYM_JOB_ID", ""))
         self._signals = JobSignals(plan, self._attempt, self._verdict, self._checkpoint, self._changed.set)
 
     async def run(self, host: str, port: int) -> Outcome:
@@ -78,6 +86,7 @@ class Coordinator:
         server = await asyncio.start_server(self._serve, host, port, limit=LONGEST)
         watch = asyncio.create_task(self._watch(), name="heartbeats")
         steps = asyncio.create_task(self._watch_steps(), name="steps")
+        limit = asyncio.create_task(self._watch_time_limit(), name="time limit")
         try:
             outcome = None
             while outcome is None:
@@ -94,6 +103,7 @@ class Coordinator:
         finally:
             watch.cancel()
             steps.cancel()
+            limit.cancel()
             server.close()
             for task in list(self._serving):
                 task.cancel()
@@ -138,6 +148,8 @@ class Coordinator:
         limit = self._plan.supervision.checkpoint_grace_s
         if outcome.kind == "cancelled":
             limit = min(limit, self._plan.supervision.stop_within_s)
+        if self._verdict.overdue:
+            limit = 0.0  # Slurm kills what does not stop now
         await self._until(lambda: not self._saving, limit)
 
     async def _stop(self, outcome: Outcome) -> None:
@@ -205,9 +217,8 @@ class Coordinator:
                 else:
                     rank = self._give_up(failure, str(message["host"]))
                     self._record("silent", rank=rank, cause=failure.cause)
-                # It has killed what was left of its node: nothing more comes from there.
-                for peer in self._peers:
-                    peer.released = peer.released or peer.node.name == failure.node
+                # It has killed what was left of its node.
+                self._peers.release(failure.node)
             elif message.get("type") == "task_ended":
                 self._take_end_of_task(Failure(**message["failure"]))
             elif message.get("type") == "signal":
@@ -222,7 +233,12 @@ class Coordinator:
         rank = next(node.rank for node in self._plan.nodes if node.name == failure.node)
         if self._peers.connected(rank):
             return
+        self._peers.release(failure.node)
         self._without_supervisor.add(failure.node)
+        if rank not in self._peers and failure.exit_code is not None:
+            # Nobody killed it: the node lacks what its supervisor needs to begin.
+            self._lose(rank, f"not fit for the job: {failure.cause or 'its task ended before it could begin'}", "unfit")
+            return
         told = (*self._verdict.failures, *(lost for lost, _ in self._verdict.lost))
         if failure.node not in {each.node for each in told}:
             self._fail(failure)
@@ -236,6 +252,8 @@ class Coordinator:
             self._peers.publish(peer, message["endpoints"])
         elif kind == "event":
             self._journal.write(message["event"])
+            if message["event"].get("event") == "status":
+                self._take_status(task, str(message["event"].get("text", "")))
         elif kind == "ended":
             self._verdict.ended[task] = int(message["exit_code"])
             self._saving.discard(task)
@@ -247,6 +265,8 @@ class Coordinator:
             self._verdict.complaints.append(Failure(**message["failure"]))
         elif kind == "saving":
             (self._saving.add if message["saving"] else self._saving.discard)(task)
+            if not self._saving:
+                self._time_limit.saved()
         elif kind == "signal":
             self._signals.take(str(message["signal"]))
         elif kind == "restart":
@@ -263,24 +283,32 @@ class Coordinator:
             peer.released = True
             self._record("released", rank=peer.rank, seconds=message["seconds"])
 
+    def _take_status(self, task: Task, text: str) -> None:
+        if (found := _ROLLOUTS.search(text)) is not None and self._rollouts.get(task) != found[0]:
+            self._rollouts[task] = found[0]
+            self._steps.rollout_came_back()
+
     def _fail(self, failure: Failure, task: Task | None = None) -> None:
         if failure in self._verdict.failures:
             return
         self._verdict.failures.append(failure)
         # A checkpoint that several ranks write together is lost with one of them: nothing to wait for.
-        if task in self._saving:
+        names = {self._plan.nodes[rank].name for rank, _ in self._saving}
+        if task in self._saving or (failure.process == "supervisor" and failure.node in names):
             self._saving.clear()
 
     def _checkpoint(self, reason: str, within_s: float | None = None) -> None:
-        """Orders tasks to save and stop, within `within_s` where that is less than what a time limit leaves."""
+        """Orders tasks to save and stop within `within_s`; by default, within what Slurm's notice of a time limit
+        leaves.
+        """
         if self._verdict.checkpoint:
             return
         self._verdict.checkpoint = reason
         self._peers.order({"type": "checkpoint"})
         supervision = self._plan.supervision
-        allowed = max(1.0, supervision.time_limit_margin_s - supervision.stop_within_s)
-        if within_s is not None:
-            allowed = min(allowed, within_s)
+        if within_s is None:
+            within_s = supervision.time_limit_margin_s - supervision.stop_within_s
+        allowed = max(1.0, within_s)
         if any(rank not in self._peers for rank, _ in self._verdict.tasks):
             # Ranks that are not all there have nothing to save.
             allowed = 0.0
@@ -312,11 +340,10 @@ class Coordinator:
 
     async def _watch_steps(self) -> None:
         """Notices that training does not move, keeps the evidence, and ends the attempt."""
-        steps = StepWatch(Path(self._plan.run_dir) / "metrics.jsonl", self._attempt, self._plan.supervision)
         silence = ""
         while not silence or self._saving:
             await asyncio.sleep(_LOOK_AT_STEPS_S)
-            silence = await asyncio.to_thread(steps.silence)
+            silence = await asyncio.to_thread(self._steps.silence)
         self._record("stalled", cause=silence)
         self._without_evidence = {peer.rank for peer in self._peers if peer.connected}
         self._peers.tell({"type": "stalled"})
@@ -324,6 +351,13 @@ class Coordinator:
         self._verdict.stalled = self._stalled(silence)
         self._verdict.stalled_requeues = self._plan.supervision.on_stall == "requeue"
         self._changed.set()
+
+    async def _watch_time_limit(self) -> None:
+        """Stops at a checkpoint where Slurm's own notice would come too late for a save as slow as earlier ones."""
+        if self._plan.launch.kind == "slurm":
+            seconds = await self._time_limit.comes_too_soon()
+            takes = f"the time limit is near, and a checkpoint has taken {self._time_limit.longest:.0f} s"
+            self._checkpoint(takes, seconds)
 
     def _stalled(self, silence: str) -> Failure:
         node = next((node for node in self._plan.nodes if node.role == "train"), self._plan.nodes[0])

@@ -14,7 +14,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -25,11 +24,11 @@ from types import FrameType
 from hpc_gym.node import shared_memory, tree
 from hpc_gym.node.causes import cause_from_log
 from hpc_gym.node.channel import Message, Refused, connect
-from hpc_gym.node.context import NodeContext
+from hpc_gym.node.context import NodeContext, host_name
 from hpc_gym.node.coordinator import DECIDED, failure_message
 from hpc_gym.node.log_pump import LogPump
 from hpc_gym.node.node_runner import SHARED_MEMORY_RECORD
-from hpc_gym.node.signals import forwarded, start_blocked
+from hpc_gym.node.signals import STOP_SIGNALS, forwarded, start_blocked
 from hpc_gym.protocol.attempt import Failure, Outcome
 
 _BEFORE_SILENT_S = 1.0
@@ -37,6 +36,11 @@ _BEFORE_SILENT_S = 1.0
 given up, and nobody cleans up after that.
 """
 _LOOK_EVERY_S = 1.0
+_TELL_AGAIN_S = 0.2
+JOB_SCRIPT_PID = "HPC_GYM_SCRIPT_PID"
+"""Variable with the pid of the job script, which is on the machine of node rank 0."""
+UNFIT = 86
+"""Exit code of a supervisor that finds no place for its private directory on its node; its last word says why."""
 
 
 def guard(run_dir: Path) -> Outcome:
@@ -47,6 +51,9 @@ def guard(run_dir: Path) -> Outcome:
     since, before = time.time(), shared_memory.names()
     try:
         code, stopped = _run_supervisor(context, log)
+        for signum in STOP_SIGNALS:
+            # Slurm's SIGTERM may come now, and its SIGKILL later: there is time to clean up.
+            signal.signal(signum, signal.SIG_IGN)
         if left := tree.kill_all(context.marker):
             print(f"{context.node.name}: processes that do not die: {left}", flush=True)
         with contextlib.suppress(OSError, ValueError):
@@ -54,6 +61,14 @@ def guard(run_dir: Path) -> Outcome:
         return _report_death(context, log, code, stopped)
     finally:
         clean(context, before, since)
+        _continue_job_script(context)
+
+
+def _continue_job_script(context: NodeContext) -> None:
+    """A job script that was stopped (SIGSTOP) would hold the nodes until the time limit."""
+    pid = int(os.environ.get(JOB_SCRIPT_PID, "0"))
+    if context.node.rank == 0 and pid and (script := tree.process(pid)) is not None and script.stopped:
+        tree.send([script], signal.SIGCONT)
 
 
 def _told(context: NodeContext, outcome: Outcome) -> Outcome:
@@ -146,9 +161,11 @@ def _report_death(context: NodeContext, log: Path, code: int, stopped_s: float) 
     """
     node, killed_by = context.node, signal.Signals(-code).name if code < 0 else None
     cause = "from outside, or by the kernel for lack of memory" if killed_by == "SIGKILL" else cause_from_log(log)
-    host = socket.gethostname()
+    host = host_name()
     if stopped_s:
         cause, killed_by = f"host {host}: stopped by a signal for {stopped_s:.0f} s", None
+    if code == UNFIT:
+        cause = f"host {host}: not fit for the job: {cause}"
     failure = Failure(
         node.role,
         node.name,
@@ -161,11 +178,13 @@ def _report_death(context: NodeContext, log: Path, code: int, stopped_s: float) 
         killed_by,
     )
     outcome = Outcome("failed", failure=failure)
-    if stopped_s:
+    lost = bool(stopped_s) or code == UNFIT
+    if lost:
         outcome = Outcome("requeue", "a node was lost", (host,), failure)
     if node.rank != 0:
         message = failure_message(failure.process, failure)
-        tell(context, {**message, "type": "lost", "host": host} if stopped_s else message)
+        # A node that is not fit may say so before the coordinator is there.
+        tell(context, {**message, "type": "lost", "host": host} if lost else message, 10.0 if code == UNFIT else 0.0)
         return outcome
     with contextlib.suppress(OSError, ValueError):
         outcome = Outcome.from_json((context.private_dir / DECIDED).read_text())
@@ -177,8 +196,8 @@ def report(context: NodeContext, failure: Failure) -> bool:
     return tell(context, failure_message(failure.process, failure))
 
 
-def tell(context: NodeContext, message: Message) -> bool:
-    """Sends the coordinator one message; whether it was there to hear it."""
+def tell(context: NodeContext, message: Message, within_s: float = 0.0) -> bool:
+    """Sends the coordinator one message; whether it was there to hear it, or came within that time."""
 
     async def send() -> None:
         async with asyncio.timeout(3):
@@ -187,8 +206,13 @@ def tell(context: NodeContext, message: Message) -> bool:
             channel.send(message)
             await channel.close()
 
-    try:
-        asyncio.run(send())
-    except (OSError, TimeoutError, Refused):
-        return False
-    return True
+    deadline = time.monotonic() + within_s
+    while True:
+        try:
+            asyncio.run(send())
+        except (OSError, TimeoutError, Refused):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_TELL_AGAIN_S)
+        else:
+            return True

@@ -53,9 +53,10 @@ class JobSignals:
         standing = await asyncio.to_thread(scontrol.standing, os.environ.get("HPC_GYM_JOB_ID", ""), _ASK_SLURM_FOR_S)
         if standing.preempted and standing.state == "RUNNING":
             self._save(scontrol.PREEMPTED, None)
-        elif standing.state == "PENDING":
+        elif standing.state in ("PENDING", "PREEMPTED", "NODE_FAIL"):
             # SIGKILL follows after KillWait: the other half of it is for the stop.
-            self._save(scontrol.QUEUED_AGAIN, await asyncio.to_thread(scontrol.kill_wait, _ASK_SLURM_FOR_S) / 2)
+            within_s = await asyncio.to_thread(scontrol.kill_wait, _ASK_SLURM_FOR_S) / 2
+            self._save(scontrol.PREEMPTED if standing.preempted else scontrol.QUEUED_AGAIN, within_s)
         elif standing.script_killed_by:
             self._verdict.script_killed = self._script_killed(standing.script_killed_by)
         elif not self._verdict.cancelled:

@@ -24,6 +24,8 @@ class Component:
     """A component of a heterogeneous job, or the whole of a plain one, as Slurm keeps it."""
 
     job_id: str
+    address: str
+    """How it alone is meant: by its bare id, a change of a heterogeneous job's first component is one of all."""
     hosts: tuple[str, ...]
     """Slurm's names of its nodes."""
     required: str = ""
@@ -34,9 +36,10 @@ def components(environment: Mapping[str, str]) -> list[Component]:
     """What the job of this process consists of, in order. `environment`: of the job script."""
     count = int(environment.get("SLURM_HET_SIZE") or 0)
     found = []
-    for suffix in [f"_HET_GROUP_{index}" for index in range(count)] or [""]:
+    for index, suffix in enumerate([f"_HET_GROUP_{index}" for index in range(count)] or [""]):
         nodes = scontrol.hostnames(environment.get(f"SLURM_JOB_NODELIST{suffix}", ""))
-        found.append(Component(environment.get(f"SLURM_JOB_ID{suffix}", ""), tuple(nodes)))
+        job_id = environment.get(f"SLURM_JOB_ID{suffix}", "")
+        found.append(Component(job_id, f"{job_id}+0" if count and index == 0 else job_id, tuple(nodes)))
     return found
 
 
@@ -58,7 +61,7 @@ def _shrunk(component: Component, smaller: Component) -> Component:
     told = scontrol.fields(component.job_id)
     if told.get("JobState") != "RUNNING":
         return component  # of a job that waits, the same command would say which nodes it must have
-    refusal = scontrol.update(component.job_id, {"NodeList": ",".join(smaller.hosts)})
+    refusal = scontrol.update(component.address, {"NodeList": ",".join(smaller.hosts)})
     if refusal:
         print(f"Slurm does not take back the lost nodes of job {component.job_id} yet: {refusal}", flush=True)
         return component
@@ -74,7 +77,7 @@ def restore(parts: Sequence[Component], wanted: Sequence[int]) -> None:
         change = {"NumNodes": str(nodes), "NumTasks": str(nodes)}
         if _required(scontrol.fields(part.job_id)) != part.required:
             change["NodeList"] = part.required  # Slurm queued the job again just before it was told which to keep
-        while refusal := scontrol.update(part.job_id, change):
+        while refusal := scontrol.update(part.address, change):
             if time.monotonic() > deadline:
                 print(f"job {part.job_id} is queued again, but not for {nodes} nodes: {refusal}", flush=True)
                 break

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import time
 import traceback
 from typing import Any
@@ -15,7 +14,7 @@ from hpc_gym.node.bonds import Bonds
 from hpc_gym.node.channel import Message, Refused
 from hpc_gym.node.children import Children
 from hpc_gym.node.commands import command
-from hpc_gym.node.context import NodeContext
+from hpc_gym.node.context import NodeContext, host_name
 from hpc_gym.node.coordinator import Coordinator, failure_message
 from hpc_gym.node.endpoints import Endpoints
 from hpc_gym.node.link import Link
@@ -33,6 +32,8 @@ from hpc_gym.protocol.attempt import STOPPED_AT_CHECKPOINT, Failure, Outcome
 SHARED_MEMORY_RECORD = "shared_memory"
 """File in the private directory."""
 _LOOK_EVERY_S = 1.0
+_CHECKS_MAY_TAKE_S = 30.0
+"""nvidia-smi may hang where it cannot even be killed."""
 _COORDINATOR_MAY_TAKE_S = 2.0
 """From a signal that ends the job until it has been told of it."""
 
@@ -55,7 +56,7 @@ class NodeRunner:
         self._processes = [self._managed(spec) for spec in context.node.processes]
         hello = {
             "rank": context.node.rank,
-            "host": socket.gethostname(),
+            "host": host_name(),
             "address": context.address,
             "pid": os.getpid(),
         }
@@ -94,11 +95,20 @@ class NodeRunner:
         if cause := await asyncio.to_thread(full, self._context):
             # Not this node's fault: without it, the next attempt would find the same.
             self._link.send(failure_message("supervisor", self._failure("supervisor", node.role, cause, log)))
-        elif cause := await asyncio.to_thread(unfit, self._context):
+        elif cause := await self._unfit():
             self._link.send({"type": "unfit", "cause": cause})
         else:
             self._report(None, "checked", seconds=round(time.monotonic() - began, 3))
         return not cause
+
+    async def _unfit(self) -> str:
+        """Why this node is not fit. Nothing is started yet, so nobody is kept from being waited for meanwhile: the exit
+        code of what is asked would be taken from whoever asks.
+        """
+        with self._children.starting():
+            asked = asyncio.create_task(asyncio.to_thread(unfit, self._context))
+            done, _ = await asyncio.wait({asked}, timeout=_CHECKS_MAY_TAKE_S)
+            return asked.result() if done else f"its checks did not end within {_CHECKS_MAY_TAKE_S:g} s"
 
     async def _check_reach(self) -> None:
         """Beside the start of the programs, which loading keeps busy for longer."""

@@ -80,6 +80,11 @@ class Peers:
         for peer in self:
             peer.channel.send(message)
 
+    def release(self, node: str) -> None:
+        """Nothing of that node is left, and nothing more comes from there."""
+        for peer in self:
+            peer.released = peer.released or peer.node.name == node
+
     def give_up(self, rank: int) -> None:
         """A node from which nothing comes any more."""
         if rank in self._joined:

@@ -10,7 +10,6 @@ import contextlib
 import csv
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +29,7 @@ _NVIDIA = Path("/dev/nvidiactl")
 
 def unfit(context: NodeContext) -> str:
     """Why this node cannot take part, in one line; "" when nothing was found."""
-    found = [*_storage(context), *_room(context), *_names(context), *_gpus()]
+    found = [*_storage(context), *_room(context), *_gpus()]
     return "; ".join(found)
 
 
@@ -77,14 +76,6 @@ def _room(context: NodeContext) -> Iterator[str]:
             yield f"{folder} has {free >> 20} MiB free, {wanted >> 20} are needed"
 
 
-def _names(context: NodeContext) -> Iterator[str]:
-    host = context.coordinator[0]
-    try:
-        socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError as error:
-        yield f"the coordinator's address {host} does not resolve: {error.strerror}"
-
-
 def _gpus() -> Iterator[str]:
     """What nvidia-smi says of GPUs that this job may use: memory in use, uncorrected ECC errors, no answer; and what
     the kernel's log says of any of the node.
@@ -108,7 +99,11 @@ def _gpus() -> Iterator[str]:
 
 def gpu_problems(table: str) -> Iterator[str]:
     """Problems in the answer of nvidia-smi to `_GPU_FIELDS`, a line per GPU, memory in MiB."""
-    for index, used, total, errors in csv.reader(table.splitlines(), skipinitialspace=True):
+    for row in csv.reader(table.splitlines(), skipinitialspace=True):
+        if len(row) != len(_GPU_FIELDS.split(",")):
+            yield f"nvidia-smi: {', '.join(row)}"
+            continue
+        index, used, total, errors = row
         if used.isdigit() and total.isdigit() and int(used) > _GPU_MEMORY_USED * int(total):
             yield f"GPU {index} has {used} of {total} MiB in use by somebody else"
         if errors.isdigit() and int(errors) > 0:

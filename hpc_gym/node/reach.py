@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hpc_gym.node.channel import Refused, accept, connect
-from hpc_gym.node.context import NodeContext
+from hpc_gym.node.context import NodeContext, host_name
 from hpc_gym.node.ports import listening
 
 ADDRESS, HOST = "reach", "hostname"
@@ -55,7 +55,7 @@ class Reach:
             return {}
         self._listener = listening(self._context.address)
         address = f"{self._context.address}:{self._listener.getsockname()[1]}"
-        return {ADDRESS: address, HOST: socket.gethostname()}
+        return {ADDRESS: address, HOST: host_name()}
 
     def learn(self, registry: Mapping[str, Mapping[str, str]]) -> None:
         """Takes what the coordinator knows, by rank."""
@@ -124,7 +124,7 @@ class Reach:
                 cause = getattr(error, "strerror", None) or str(error)
                 await asyncio.sleep(_AGAIN_S)
         name = self._known[rank].get(HOST, "")
-        return f"{socket.gethostname()} does not reach {name} at {host} on {self._context.interface}: {cause}"
+        return f"{host_name()} does not reach {name} at {host} on {self._context.interface}: {cause}"
 
 
 async def _resolves(host: str) -> bool:

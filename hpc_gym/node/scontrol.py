@@ -19,6 +19,8 @@ _CONTROLLER_MAY_BE_AWAY_S = 600.0
 """A controller that is restarted or replaced by its backup comes back; the running job waits for it as its nodes do."""
 _ASK_AGAIN_S = 2.0
 _TRIES = 3
+_ENDED_BY = {"TimeLimit": "TIMEOUT", "NodeDown": "NODE_FAIL"}
+"""What a job has ended as, by the reason that Slurm gives while its nodes are cleared."""
 _KILL_WAIT_S = 30.0
 _MOMENT = "%Y-%m-%dT%H:%M:%S"
 _CANCELLED_WITHIN_S = 1.0
@@ -54,6 +56,9 @@ def standing(job_id: str, within_s: float = _CONTROLLER_MAY_BE_AWAY_S) -> Standi
     state = "PENDING" if queued_again else fields.get("JobState", "")
     # What a running job is called while a signal is on its way to it, as that of a preemption.
     state = "RUNNING" if state == "SIGNALING" else state
+    if state == "COMPLETING":
+        # It has ended, and this job script is what it waits for.
+        state = "PREEMPTED" if preempted else _ENDED_BY.get(fields.get("Reason", ""), state)
     ended = state not in ("PENDING", "RUNNING")
     return Standing(state, preempted, _killer(fields.get("ExitCode", "")) if ended else "")
 
@@ -82,36 +87,48 @@ def has_outlived_its_leader(job_id: str) -> bool:
     return len(starts) > 1 and starts[0] - min(starts) > _STARTED_TOGETHER_S
 
 
-def requeue(job_id: str, exclude: Sequence[str]) -> str:
-    """Asks Slurm to queue the job again, where it does not do so already, without the hosts in `exclude`; why it
-    refused, or "".
+def leave_out(job_id: str, hosts: Sequence[str], sizes: Sequence[int]) -> None:
+    """Lets a job that waits start on other nodes than `hosts`, and than those it was submitted without; says so where
+    Slurm refuses, or where that would leave too few. `sizes`: numbers of nodes of its components.
 
-    Slurm takes the list for a job that waits only, so it is set after the requeue. There is time: the job starts again
-    after `cred_expire` seconds at the earliest, and this process, when it ignores SIGTERM, lives for KillWait seconds.
+    Slurm takes the list for a job that waits only. There is time: a job that was queued again starts after
+    `cred_expire` seconds at the earliest, and its old script, which ignores SIGTERM, lives for KillWait seconds.
     """
-    if refusal := _requeue(job_id):
-        return refusal
-    leave_out(job_id, exclude)
-    return ""
+    for told in _components(job_id) if hosts else []:
+        address = f"{job_id}+{told['HetJobOffset']}" if "HetJobOffset" in told else job_id
+        before = told.get("ExcNodeList", "(null)")
+        without = ",".join(dict.fromkeys([*([] if before == "(null)" else [before]), *hosts]))
+        partition, nodes = told.get("Partition", ""), sizes[int(told.get("HetJobOffset", "0"))]
+        left = set(_run(["sinfo", "-hN", "-o", "%N", "-p", partition]).stdout.split()) - set(hostnames(without))
+        if len(left) < nodes:
+            # Slurm would hold it for ever (BadConstraints). It starts nothing on a node that is down anyway.
+            print(f"job {address} may run on {', '.join(hosts)} again: {partition} has too few other nodes", flush=True)
+            continue
+        _exclude(address, without)
 
 
-def leave_out(job_id: str, hosts: Sequence[str]) -> None:
-    """Lets a job that waits start on other nodes than `hosts`; says so where Slurm refuses."""
+def _exclude(address: str, hosts: str) -> None:
     deadline = time.monotonic() + 5
-    while hosts:
-        told = _run(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(hosts)}"])
-        if told.returncode == 0:
-            break
+    while refusal := update(address, {"ExcNodeList": hosts}):
         if time.monotonic() > deadline:
-            print(f"job {job_id} waits, but not without {', '.join(hosts)}: {told.stderr.strip()}", flush=True)
-            break
+            print(f"job {address} waits, but not without {hosts}: {refusal}", flush=True)
+            return
         time.sleep(0.2)
 
 
-def _requeue(job_id: str) -> str:
-    """Why Slurm refused, or "". An error may only mean that the controller is away: 22.05 then says "Unexpected message
+def _components(job_id: str) -> list[dict[str, str]]:
+    """What Slurm says of each component of a job that is queued again; of a plain one, of itself."""
+    lines = _run(["scontrol", "--oneliner", "show", "job", job_id]).stdout.splitlines()
+    return [dict(field.partition("=")[::2] for field in line.split() if "=" in field) for line in lines]
+
+
+def requeue(job_id: str) -> str:
+    """Asks Slurm to queue the job again; why it refused, or "". Where Slurm has done so by itself, nothing is asked: it
+    might hit the next attempt. An error may only mean that the controller is away: 22.05 then says "Unexpected message
     received".
     """
+    if standing(job_id).state == "PENDING":
+        return ""
     refusal = ""
     for _ in range(_TRIES):
         asked = _run(["scontrol", "requeue", job_id])
@@ -138,20 +155,9 @@ def cancel_own(job_id: str) -> None:
     time.sleep(_CANCELLED_WITHIN_S)
 
 
-def excluded(job_id: str) -> list[str]:
-    """Hosts that the job was submitted without, or that an earlier attempt excluded."""
-    text = _run(["scontrol", "--oneliner", "show", "job", job_id]).stdout
-    found = re.findall(r"\bExcNodeList=(\S+)", text)
-    return [name for name in found[:1] if name != "(null)"]
-
-
 def fields(job_id: str) -> dict[str, str]:
     """What Slurm says of a job, or of one component by its own id; empty where it could not be asked."""
-    for line in _run(["scontrol", "--oneliner", "show", "job", job_id]).stdout.splitlines():
-        found = dict(field.partition("=")[::2] for field in line.split() if "=" in field)
-        if found.get("JobId") == job_id:
-            return found
-    return {}
+    return next((found for found in _components(job_id) if found.get("JobId") == job_id), {})
 
 
 def time_left(job_id: str) -> float:
@@ -180,9 +186,20 @@ def hostnames(nodes: str) -> list[str]:
 def _run(command: list[str], within_s: float = _CONTROLLER_MAY_BE_AWAY_S) -> subprocess.CompletedProcess[str]:
     """Runs one of Slurm's commands, again and again for `within_s` while it is not the controller that answers."""
     deadline = time.monotonic() + within_s
-    while (done := _once(command)).returncode != 0 and _NO_ANSWER.search(done.stderr) and time.monotonic() < deadline:
+    said = False
+    while _has_no_answer(done := _once(command)) and time.monotonic() < deadline:
+        if not said:
+            print(f"{command[0]}: {done.stderr.strip()}: asking again once the controller answers", flush=True)
+        said = True
         time.sleep(_ASK_AGAIN_S)
     return done
+
+
+def _has_no_answer(done: subprocess.CompletedProcess[str]) -> bool:
+    """Where this process reaps orphans, the exit code of a command may be lost and read as 0: then it said nothing."""
+    if done.returncode != 0:
+        return bool(_NO_ANSWER.search(done.stderr))
+    return "show" in done.args and not done.stdout
 
 
 def _once(command: list[str]) -> subprocess.CompletedProcess[str]:

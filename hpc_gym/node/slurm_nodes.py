@@ -15,16 +15,17 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Literal
 
 from hpc_gym.node import attempt as attempts
-from hpc_gym.node import lost_nodes, scontrol
+from hpc_gym.node import lost_nodes, scontrol, shared_memory, tree
 from hpc_gym.node.causes import cause_from_log
 from hpc_gym.node.channel import Message, Refused, connect
 from hpc_gym.node.context import NodeContext
+from hpc_gym.node.guardian import JOB_SCRIPT_PID, clean
 from hpc_gym.node.srun import NotStarted, Srun, TaskEnd
 from hpc_gym.plan.plan import Plan
 from hpc_gym.protocol.attempt import Failure, Outcome
@@ -61,7 +62,9 @@ class SlurmNodes:
         self._job_id = os.environ["HPC_GYM_JOB_ID"]
         self._context = NodeContext.from_environment(run_dir, {**os.environ, "HPC_GYM_NODE_RANK": "0"})
         self._parts = lost_nodes.components(os.environ)
-        self._to_forward: list[str] = []
+        self._began, self._shared_memory = time.time(), shared_memory.names()
+        # What the job script heard before there was anybody to tell.
+        self._to_forward = [name] if (name := os.environ.pop("HPC_GYM_NOTICE", "")) else []
         for signum in (signal.SIGUSR2, signal.SIGINT):
             signal.signal(signum, self._note)
         # The supervisors got it as well, and decide; this process must live to say how it ended, and to requeue.
@@ -73,7 +76,9 @@ class SlurmNodes:
             return self._wrote(Outcome("requeue", "Slurm requeued the first component without the others"))
         if 0 < (given := sum(len(part.hosts) for part in self._parts)) < len(self._plan.nodes):
             return self._wrote(Outcome("requeue", f"Slurm gave the job {given} of its {len(self._plan.nodes)} nodes"))
-        srun, known_since, told = Srun(self._command), 0.0, False
+        os.environ[JOB_SCRIPT_PID] = str(os.getpid())
+        srun, known_since = Srun(self._command), 0.0
+        told: set[TaskEnd] = set()
         while (code := srun.code()) is None:
             if self._to_forward and self._tell({"type": "signal", "signal": self._to_forward[0]}) == "told":
                 self._to_forward.pop(0)
@@ -81,10 +86,11 @@ class SlurmNodes:
                 known_since = time.monotonic()
             if known_since and time.monotonic() - known_since > _SRUN_MAY_TAKE_S:
                 srun.kill()
-            if not known_since and not told and (ended := self._lost_task(srun)) is not None:
-                failure = self._of_task(ended)
+            if not known_since and (ended := self._lost_task(srun, told)) is not None:
+                failure = self._of_task(ended, srun.said.get(ended.host, ""))
                 answer = self._tell({"type": "task_ended", "failure": dataclasses.asdict(failure)})
-                told = answer == "told"
+                if answer == "told":
+                    told.add(ended)
                 if answer == "refused" and time.monotonic() - ended.seen > _OUTCOME_MAY_TAKE_S:
                     # The task of the coordinator itself.
                     srun.kill()
@@ -97,12 +103,25 @@ class SlurmNodes:
             return self._srun_killed(code)
         return self._outcome(code, srun.last_words())
 
+    def sweep(self) -> None:
+        """Removes what is left of the first node, which is on this machine, where its guardian was killed as well."""
+        if self._context.private_dir.exists():
+            tree.kill_all(self._context.marker)
+            clean(self._context, self._shared_memory, self._began)
+
     def end(self, outcome: Outcome) -> int:
         """Does to the Slurm job what the outcome asks for; the exit code where there is still a job to exit from."""
+        outcome = self._blaming_the_right(outcome)
         self._parts = lost_nodes.let_go(self._parts, outcome.exclude)
         if outcome.kind == "requeue" and (in_vain := self._in_vain()) > _REQUEUES_IN_VAIN:
             cause = f"{in_vain} attempts in a row ended before their first training step: {outcome.reason}"
             outcome = self._wrote(Outcome("failed", failure=outcome.failure or self._failure(cause)))
+        if outcome.kind == "requeue" and self._plan.launch.chain and not self._waiting():
+            # Slurm calls the last job of a chain failed, whatever it is to go on with.
+            cause = f"no job of the chain (cluster.chain) is left to go on, and {outcome.reason}: hpc-gym resume does"
+            outcome = self._wrote(
+                Outcome("failed", failure=dataclasses.replace(self._failure(cause), process="job script"))
+            )
         if outcome.kind != "requeue":
             attempts.end(Path(self._plan.run_dir))
             self._end_chain()
@@ -112,23 +131,31 @@ class SlurmNodes:
         if outcome.kind == "requeue":
             if self._plan.launch.chain:
                 self._hand_on()
-            elif refusal := scontrol.requeue(self._job_id, self._excluded()):
+            elif refusal := scontrol.requeue(self._job_id):
                 print(f"Slurm does not requeue job {self._job_id}: {refusal}", flush=True)
                 print(f"`hpc-gym resume {self._plan.name}` goes on from the last checkpoint", flush=True)
             else:
-                sizes = Counter(node.component for node in self._plan.nodes)
-                lost_nodes.restore(self._parts, [sizes[index] for index in range(len(self._parts))])
+                lost_nodes.restore(self._parts, self._sizes())
+                scontrol.leave_out(self._job_id, self._excluded(), self._sizes())
         return outcome.exit_code
 
+    def _sizes(self) -> list[int]:
+        """Numbers of nodes of the job's components."""
+        sizes = Counter(node.component for node in self._plan.nodes)
+        return [sizes[index] for index in sorted(sizes)]
+
+    def _blaming_the_right(self, outcome: Outcome) -> Outcome:
+        """A node that reaches neither any of the others nor Slurm is itself the one that is cut off."""
+        own, *others = self._context.hosts or [""]
+        if len(others) > 1 and set(others) <= set(outcome.exclude) and not scontrol.standing(self._job_id, 1.0).state:
+            return self._wrote(dataclasses.replace(outcome, exclude=(own,)))
+        return outcome
+
     def _hand_on(self) -> None:
-        """Prepares the next job of the chain, which starts when this one has ended; the last one has none."""
+        """Prepares the next job of the chain, which starts when this one has ended."""
         waiting = self._waiting()
-        if not waiting:
-            print(f"job {self._job_id} was the last one of the chain (cluster.chain)", flush=True)
-            print(f"`hpc-gym resume {self._plan.name}` goes on from the last checkpoint", flush=True)
-            return
         for job_id in waiting:
-            scontrol.leave_out(job_id, self._excluded())
+            scontrol.leave_out(job_id, self._excluded(), self._sizes())
         print(f"job {waiting[0]}, the next one of the chain, goes on from the last checkpoint", flush=True)
 
     def _end_chain(self) -> None:
@@ -164,12 +191,12 @@ class SlurmNodes:
             return "silent"
         return "told"
 
-    def _lost_task(self, srun: Srun) -> TaskEnd | None:
+    def _lost_task(self, srun: Srun, told: Collection[TaskEnd]) -> TaskEnd | None:
         """The first task whose end may be news to the coordinator: a supervisor that ends knows an outcome, and one
         that dies is told of by its guardian.
         """
         before = time.monotonic() - _GUARDIAN_MAY_TAKE_S
-        return next((each for each in srun.ends if each.seen < before), None)
+        return next((each for each in srun.ends if each.seen < before and each not in told), None)
 
     def _of_not_started(self, found: NotStarted) -> Outcome:
         rank = self._rank(found.host)
@@ -180,10 +207,10 @@ class SlurmNodes:
         hosts = self._context.hosts
         return hosts.index(host) if host in hosts else min(otherwise, len(self._plan.nodes) - 1)
 
-    def _of_task(self, ended: TaskEnd) -> Failure:
+    def _of_task(self, ended: TaskEnd, said: str) -> Failure:
         rank = self._rank(ended.host, otherwise=ended.task)
         log = self._submitit(f"{rank}_log.err")
-        cause = _OUTSIDE if ended.signal == "SIGKILL" else cause_from_log(log)
+        cause = _OUTSIDE if ended.signal == "SIGKILL" else said or cause_from_log(log)
         failure = self._failure(cause, log if log.exists() else None, rank, ended.exit_code)
         return dataclasses.replace(failure, signal=ended.signal)
 
@@ -209,8 +236,10 @@ class SlurmNodes:
         if outcome is not None and outcome.kind != "cancelled":
             return outcome
         # SIGTERM is all that a job hears when Slurm itself ends it: what for, Slurm knows.
-        state = scontrol.standing(self._job_id).state
-        if state in ("PENDING", "NODE_FAIL", "PREEMPTED", "REQUEUED"):
+        standing = scontrol.standing(self._job_id)
+        state = "PREEMPTED" if standing.preempted and standing.state != "PENDING" else standing.state
+        goes_on = ("PENDING", "NODE_FAIL", "PREEMPTED", "REQUEUED", *(("TIMEOUT",) if self._plan.launch.chain else ()))
+        if state in goes_on:
             corrected = Outcome("requeue", _OWN_END.get(state, scontrol.QUEUED_AGAIN))
         elif state == "TIMEOUT":
             corrected = Outcome("failed", failure=self._failure(_OWN_END[state]))
@@ -273,7 +302,7 @@ class SlurmNodes:
         return {int(row["attempt"]) for row in rows if "attempt" in row}
 
     def _excluded(self) -> list[str]:
-        """Hosts that the next attempt is to do without: the bad ones of the job's attempts, and the profile's own."""
+        """Hosts that the next attempt is to do without: the bad ones of the job's attempts."""
         folder = self._context.attempt_dir.parent
         hosts: list[str] = []
         for number in range(self._context.attempt, 0, -1):
@@ -281,15 +310,15 @@ class SlurmNodes:
             if outcome is not None and outcome.kind != "requeue":
                 break  # the end of a job that this one resumes: its bad nodes may be well again
             hosts = [*(host for host in (outcome.exclude if outcome else ()) if host), *hosts]
-        if not hosts:
-            return []
-        return list(dict.fromkeys([*scontrol.excluded(self._job_id), *hosts]))
+        return list(dict.fromkeys(hosts))
 
 
 def main() -> int:
     """Returns the exit code of the batch script, which is the job's."""
     nodes = SlurmNodes(Path(sys.argv[1]), sys.argv[2:])
-    return nodes.end(nodes.run())
+    outcome = nodes.run()
+    nodes.sweep()
+    return nodes.end(outcome)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from hpc_gym.node.slurm_task import SAYS
+
 _ENDED = re.compile(r"srun: error: (?P<host>[^:\s]+): tasks? (?P<tasks>[\d,-]+): (?P<how>.+)")
 _NOT_STARTED = re.compile(r"srun: error: Task launch for \S+ failed on node (?P<host>\S+): (?P<why>.+)")
+_SAID = re.compile(SAYS.format(host=r"(?P<host>\S+)") + "(?P<why>.+)")
 _EXIT_CODE = re.compile(r"Exited with exit code (\d+)")
 _WORDS = 3
 _RANGE = re.compile(r"\[(\w+)[^\]]*\]")
@@ -52,6 +55,8 @@ class Srun:
     def __init__(self, command: Sequence[str]) -> None:
         self.ends: list[TaskEnd] = []
         """In the order in which srun told of them."""
+        self.said: dict[str, str] = {}
+        """By host, why a task could not begin there, in its own words."""
         self.not_started: NotStarted | None = None
         """The first such node."""
         self._words: deque[str] = deque(maxlen=_WORDS)
@@ -90,6 +95,8 @@ class Srun:
             self._words.append(text.strip())
             self.ends.extend(task_ends(text))
             self.not_started = self.not_started or not_started(text)
+            if (found := _SAID.search(text)) is not None:
+                self.said[found["host"]] = found["why"]
 
 
 def task_ends(line: str) -> Iterator[TaskEnd]:

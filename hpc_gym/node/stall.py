@@ -1,7 +1,7 @@
 """Notices that a job lives but does not move, and keeps what tells why.
 
 A rank that waits in a collective for ever, or a rollout that nobody answers, is no dead process: every probe is content
-while the nodes are paid for. What must move is the training step.
+while the nodes are paid for. What must move is the training step, or the rollouts that it waits for.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DUMP_WITHIN_S = 15.0
 
 
 class StepWatch:
-    """Follows `metrics.jsonl`. The trainer's clock times the steps, the reader's the silence after them."""
+    """Follows `metrics.jsonl`, and is told of rollouts. The trainer's clock times the steps, ours the silence."""
 
     def __init__(self, metrics: Path, attempt: int, supervision: Supervision) -> None:
         self._metrics = metrics
@@ -41,16 +41,19 @@ class StepWatch:
         self._last_seen = 0.0
         self._done = False
 
+    def rollout_came_back(self) -> None:
+        """Also those of an evaluation."""
+        self._last_seen = time.monotonic()
+
     def silence(self) -> str:
-        """Why the job counts as stalled, "" while it does not: for the first steps, and after the last."""
+        """Why the job counts as stalled, "" while it does not: before the first rollout, and after the last step."""
         self._take_new_rows()
         limit = self._limit()
         silent = time.monotonic() - self._last_seen
-        if limit is None or self._done or silent < limit:
+        if limit is None or not self._last_seen or self._done or silent < limit:
             return ""
-        return (
-            f"no training step for {silent:.0f} s, {limit:.0f} s are allowed (median of a step: {self._median():.1f} s)"
-        )
+        median = f" (median of a step: {self._median():.1f} s)" if self._has_median() else ""
+        return f"no training step and no rollout for {silent:.0f} s, {limit:.0f} s are allowed{median}"
 
     def _take_new_rows(self) -> None:
         try:
@@ -71,10 +74,14 @@ class StepWatch:
         times = list(self._times)
         return statistics.median(after - before for before, after in itertools.pairwise(times))
 
+    def _has_median(self) -> bool:
+        return len(self._times) >= _FEWEST
+
     def _limit(self) -> float | None:
-        if not self._supervision.stall_factor or len(self._times) < _FEWEST:
+        if not self._supervision.stall_factor:
             return None
-        return max(self._supervision.stall_at_least_s, self._supervision.stall_factor * self._median())
+        medians = self._supervision.stall_factor * self._median() if self._has_median() else 0.0
+        return max(self._supervision.stall_at_least_s, medians)
 
 
 async def keep_evidence(processes: Iterable[ManagedProcess], private_dir: Path, folder: Path) -> None:

@@ -287,9 +287,9 @@ class Supervision:
     """How long a checkpoint that is being written may delay a stop."""
     time_limit_margin_s: float = 120.0
     stall_factor: float = 0.0
-    """Training counts as stalled after so many medians of a step without one; 0: never."""
+    """Training counts as stalled after so many medians of a step without a step or a rollout; 0: never."""
     stall_at_least_s: float = 900.0
-    """But not sooner than this: evaluations and checkpoints are no steps."""
+    """But not sooner than this: checkpoints are no steps. Before the third step it is this alone."""
     on_stall: Literal["stop", "requeue"] = "stop"
 
 

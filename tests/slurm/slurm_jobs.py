@@ -65,6 +65,7 @@ class SlurmJob:
         """All that a person would look at."""
         try:
             queue = self.cluster.slurm("squeue", "-a", "-t", "all", "-o", "%i %T %M %R")
+            queue += self.cluster.slurm("scontrol", "show", "job", self.id)
         except ClusterError as error:
             queue = f"{error}\n"
         files = sorted(self.run_dir.glob("submitit/*_*.*")) + sorted(self.run_dir.glob("attempts/*/*.json*"))
@@ -169,8 +170,8 @@ class SlurmJob:
 
 @pytest.fixture
 def submit(slurm_cluster: Cluster, shared: Path) -> Iterator[Callable[..., SlurmJob]]:
-    """Submits a job of one node per list of processes. `components`: a heterogeneous job, by role. `folder`: where its
-    run directory is made.
+    """Submits a job of one node per list of processes, or `rollout_nodes` of the first. `components`: a heterogeneous
+    job, by role. `folder`: where its run directory is made.
     """
     jobs: list[SlurmJob] = []
 
@@ -185,6 +186,7 @@ def submit(slurm_cluster: Cluster, shared: Path) -> Iterator[Callable[..., Slurm
         chain: int = 0,
         folder: Path | None = None,
         max_steps: int = 4,
+        rollout_nodes: int = 1,
         **supervision: float,
     ) -> SlurmJob:
         rollout, train = (nodes[0], nodes[1:]) if nodes[0][0].role == "rollout" else ((), nodes)
@@ -201,6 +203,7 @@ def submit(slurm_cluster: Cluster, shared: Path) -> Iterator[Callable[..., Slurm
             secrets=secrets,
             env=env or {},
             max_steps=max_steps,
+            rollout_nodes=rollout_nodes,
         )
         separate = bool(components)
         plan = replace(

@@ -168,29 +168,6 @@ def test_a_node_that_is_not_fit_is_left_out_before_anything_is_started(submit: S
         run.cluster.on("node2", "mount", "-o", "remount,size=1g", "/dev/shm")
 
 
-def test_a_job_that_lives_but_does_not_move_is_ended_with_the_stacks_of_its_processes(submit: Submit) -> None:
-    stalls = """
-import json, os, time
-def waits_for_ever():
-    while True: time.sleep(1)
-for step in range(1, 6):
-    row = {"attempt": 1, "step": step, "max_steps": 100, "time": time.time()}
-    open(os.environ["HPC_GYM_RUN_DIR"] + "/metrics.jsonl", "a").write(json.dumps(row) + "\\n")
-    time.sleep(0.2)
-waits_for_ever()
-"""
-    run = submit(
-        [service("server", FOREVER)], [task("rank-0", stalls)], stall_factor=5.0, stall_at_least_s=3.0, on_stall="stop"
-    )
-    run.freed(60)
-    assert run.job.state == "FAILED"
-    assert "process all ranks failed: no training step for" in run.output().splitlines()[-1]
-    evidence = {file.name: file.read_text() for file in (run.attempt() / "stall").iterdir()}
-    assert "waits_for_ever" in evidence["train-0-rank-0.log"]
-    assert "the last lines of" in evidence["rollout-0-server.log"]
-    assert run.left() == {}
-
-
 def test_a_rank_that_fails_because_its_peer_s_node_crashed_does_not_fail_the_job(submit: Submit) -> None:
     loses_its_peer = """
 import os, sys, time

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 from cluster import Cluster
 from slurm_jobs import FOREVER, SlurmJob, service, task
@@ -65,3 +66,24 @@ def test_a_node_on_which_slurm_starts_nothing_is_left_out(submit: Submit, slurm_
     assert first.exclude == ("node2",)
     assert first.failure is not None
     assert "did not start" in first.failure.cause
+
+
+def test_a_node_without_the_shared_storage_is_left_out(submit: Submit, slurm_cluster: Cluster, shared: Path) -> None:
+    def hide(*command: str) -> None:
+        done = slurm_cluster.on("node2", *command, str(shared))
+        assert done.returncode == 0, done.stderr
+
+    hide("mount", "-t", "tmpfs", "-o", "ro", "tmpfs")
+    try:
+        ranks = [[task(f"rank-{rank}", FOREVER)] for rank in range(2)]
+        run = submit([service("server", FOREVER)], *ranks)
+        outcome = run.until(lambda: run.events("outcome", attempt=1), 60)[0]
+        began = run.events("began", attempt=1)[0]["time"]
+        run.figure("a node without the shared storage: noticed", outcome["time"] - began, within=20)
+        assert outcome["sentence"].startswith("TO BE REQUEUED")
+        assert "node2: not fit for the job: " in outcome["sentence"]
+        assert "submitit cannot be written to there" in outcome["sentence"]
+        run.all_started(attempt=2)
+        assert "node2" not in {run.host(node.name, attempt=2) for node in run.plan.nodes}
+    finally:
+        hide("umount")

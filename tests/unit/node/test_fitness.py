@@ -13,3 +13,9 @@ def test_a_gpu_in_use_or_with_uncorrected_errors_is_named() -> None:
 
 def test_a_gpu_without_ecc_is_no_problem() -> None:
     assert list(gpu_problems("0, 3, 24564, [N/A]\n")) == []
+
+
+def test_words_in_the_place_of_a_row_are_a_problem() -> None:
+    assert list(gpu_problems("Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost.\n")) == [
+        "nvidia-smi: Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost."
+    ]

@@ -43,8 +43,8 @@ def test_it_is_not_sooner_than_the_least_time(metrics: Path) -> None:
 
 @pytest.mark.parametrize(
     "times, attempt, max_steps",
-    [([10.0, 10.1], 1, 9), ([10.0, 10.1, 10.2, 10.3], 2, 9), ([10.0, 10.1, 10.2, 10.3], 1, 4), ([], 1, 9)],
-    ids=["the first steps", "another attempt", "after the last step", "no step yet"],
+    [([10.0, 10.1, 10.2, 10.3], 2, 9), ([10.0, 10.1, 10.2, 10.3], 1, 4), ([], 1, 9)],
+    ids=["another attempt", "after the last step", "nothing yet"],
 )
 def test_what_is_no_stall(metrics: Path, times: list[float], attempt: int, max_steps: int) -> None:
     write(metrics, times, attempt, max_steps)
@@ -60,3 +60,24 @@ def test_where_it_is_not_wanted_nothing_is_a_stall(metrics: Path) -> None:
     watch.silence()
     time.sleep(0.6)
     assert watch.silence() == ""
+
+
+def test_a_rollout_that_comes_back_is_no_silence(metrics: Path) -> None:
+    write(metrics, [10.0, 10.1, 10.2, 10.3])
+    watch = StepWatch(metrics, 1, SUPERVISION)
+    for _ in range(4):
+        watch.silence()
+        time.sleep(0.3)
+        watch.rollout_came_back()
+        assert watch.silence() == ""
+    time.sleep(0.6)
+    assert watch.silence()
+
+
+def test_rollouts_that_do_not_come_back_are_a_stall_before_the_first_step(metrics: Path) -> None:
+    watch = StepWatch(metrics, 1, SUPERVISION)
+    assert watch.silence() == ""
+    watch.rollout_came_back()
+    assert watch.silence() == ""
+    time.sleep(0.2)
+    assert watch.silence().startswith("no training step and no rollout for 0 s, 0 s are allowed")
