@@ -11,8 +11,11 @@ import pytest
 from chaos_faults import programs
 from cluster import Cluster
 from slurm_jobs import FOREVER, SlurmJob, outcome_of, resumed, service, task
+from submitit.core.utils import FailedJobError
 
 Submit = Callable[..., SlurmJob]
+
+HETEROGENEOUS = ({"nodes": 1, "partition": "gpu"}, {"nodes": 2, "partition": "gpu", "gpus_per_node": 2})
 
 GOES_ON = """
 import os, sys, time
@@ -123,3 +126,30 @@ def test_every_task_has_its_output(submit: Submit) -> None:
         assert run.job.task(rank).stderr() == ""
     said = run.job.stdout()
     assert said is not None and said.splitlines()[-1] == "COMPLETED"
+
+
+VICTIM = """
+import os, time
+while not os.path.exists(os.environ['HPC_GYM_RUN_DIR'] + '/failing'): time.sleep(0.02)
+raise ConnectionError('gloo: Connection closed by peer')
+"""
+CULPRIT = """
+import os, time
+open(os.environ['HPC_GYM_RUN_DIR'] + '/failing', 'w')
+time.sleep(0.7)
+raise ValueError('the true cause')
+"""
+
+
+@pytest.mark.parametrize("components", [(), HETEROGENEOUS], ids=["plain", "heterogeneous"])
+def test_the_exception_is_the_first_cause_and_not_that_of_the_lowest_rank(
+    submit: Submit, components: tuple[dict[str, object], ...]
+) -> None:
+    run = submit(
+        [service("server", FOREVER)], [task("rank-0", VICTIM)], [task("rank-1", CULPRIT)], components=components
+    )
+    error = run.job.exception()
+    assert isinstance(error, FailedJobError)
+    assert "role train, node train-1, process rank-1 exited with code 1: ValueError: the true cause" in str(error)
+    with pytest.raises(FailedJobError, match="the true cause"):
+        run.job.result()
