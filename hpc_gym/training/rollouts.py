@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -101,23 +101,33 @@ class RolloutRunner:
     """Runs batches of rollouts for all ranks together: current weights, agreement to stop, signs of life."""
 
     def __init__(
-        self, client: RolloutClient, ranks: Ranks, stop: StopSignal, push: Callable[[], None], rounds: int = 5
+        self,
+        client: RolloutClient,
+        ranks: Ranks,
+        stop: StopSignal,
+        push: Callable[[], None],
+        rounds: int = 5,
+        patience_s: float = 0.0,
     ):
+        """`patience_s`: for so long a server may hang before its supervisor starts it again."""
         self._client = client
         self._ranks = ranks
         self._stop = stop
         self._push = push
         self._rounds = rounds
+        self._patience_s = patience_s
 
     def run(self, requests: Sequence[RolloutRequest], weight_version: int, what: str) -> list[Trajectory]:
         """This rank's trajectories, in order. All ranks call it together, some perhaps without requests.
 
         Rollouts whose replica died, or that found none with these weights, are asked for again after all ranks have
-        sent the weights once more. Raises StopRequested on all ranks when one was asked to stop; the rollouts in flight
+        sent the weights once more; so are all of them, while a server may hang that nobody has noticed yet, when every
+        one missed its deadline. Raises StopRequested on all ranks when one was asked to stop; the rollouts in flight
         are dropped.
         """
         found: dict[int, Trajectory] = {}
-        for _ in range(self._rounds):
+        began, lost = time.monotonic(), 0
+        while True:
             missing = [index for index in range(len(requests)) if index not in found]
             try:
                 with self._stop.interruptible():
@@ -129,18 +139,30 @@ class RolloutRunner:
             found.update(
                 (index, answer) for index, answer in zip(missing, answers, strict=False) if not _replica_gone(answer)
             )
-            stopping, stale = self._ranks.maximum(
-                [float(self._stop.requested), float(any(map(_replica_gone, answers)))]
+            stopping, stale, seconds = self._ranks.maximum(
+                [float(self._stop.requested), float(any(map(_replica_gone, answers))), time.monotonic() - began]
             )
             if stopping:
                 raise StopRequested
-            if not stale:
+            if stale:
+                lost += 1
+                if lost == self._rounds:
+                    raise NoRollouts(
+                        f"vLLM replicas died or lost their weights {lost} times in a row during one batch of rollouts: "
+                        "see vLLM's logs"
+                    )
+                self._push()
+            elif seconds < self._patience_s and self._all_missed_their_deadline(found.values()):
+                if self._ranks.is_first:
+                    print(f"{what}: every rollout missed its deadline; a server may hang: asking again", flush=True)
+                found.clear()
+            else:
                 return [found[index] for index in range(len(requests))]
-            self._push()
-        raise NoRollouts(
-            f"vLLM replicas died or lost their weights {self._rounds} times in a row during one batch of rollouts: "
-            "see vLLM's logs"
-        )
+
+    def _all_missed_their_deadline(self, answers: Collection[Trajectory]) -> bool:
+        missed = sum(each.outcome is Outcome.FAILED and each.reason.startswith("deadline") for each in answers)
+        of_all, all_missed = self._ranks.total([len(answers), missed])
+        return of_all == all_missed > 0
 
     def _ask(self, requests: Sequence[RolloutRequest], weight_version: int, what: str) -> list[Trajectory]:
         if not requests:

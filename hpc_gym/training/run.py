@@ -53,7 +53,7 @@ class TrainingRun:
         self._weights = PolicyWeights(
             self._policy, self._step, ranks, _sender(plan, client) if ranks.is_first else None, stop
         )
-        runner = RolloutRunner(client, ranks, stop, self._weights.sync_weights)
+        runner = RolloutRunner(client, ranks, stop, self._weights.sync_weights, patience_s=_may_hang_for_s(plan))
         rollouts = RolloutFunction(runner, TrainingRows(plan), ranks)
         environments = sorted({source.environment for source in training.sources})
         self._steps = StepCallback(
@@ -147,6 +147,12 @@ def _draws(count: int) -> Dataset:
     A text, not a chat, keeps TRL from parsing the completions as messages.
     """
     return Dataset.from_dict({"prompt": [str(draw) for draw in range(count)]})
+
+
+def _may_hang_for_s(plan: Plan) -> float:
+    """How long a server may give no sign of life before it is started again."""
+    services = [each for node in plan.nodes for each in node.processes if each.kind == "service"]
+    return max((service.alive_within_s for service in services), default=0.0)
 
 
 def _collective_timeout_s(plan: Plan) -> float:

@@ -69,8 +69,12 @@ def test_evaluation_gives_one_reward_per_row_in_order() -> None:
 class OneRank:
     """A run of a single rank: what it says is what all say."""
 
+    is_first = True
+
     def maximum(self, numbers: Sequence[float]) -> list[float]:
         return list(numbers)
+
+    total = maximum
 
 
 class Answers:
@@ -119,6 +123,17 @@ def test_replicas_that_never_keep_their_weights_end_the_run(stop: StopSignal) ->
     answers = Answers([STALE] * 3, [STALE] * 3, [STALE] * 3)
     with pytest.raises(NoRollouts, match="lost their weights 3 times in a row"):
         runner(answers, stop, lambda: None).run(REQUESTS, 3, "step 4")
+
+
+LATE = dataclasses.replace(FAILED, reason="deadline: the rollout was not done within 60 s")
+
+
+def test_while_a_server_may_hang_a_batch_that_missed_its_deadline_is_asked_for_again(stop: StopSignal) -> None:
+    answers = Answers([LATE] * 3, [LATE] * 3, [TURNS, LATE, FAILED])
+    patient = RolloutRunner(answers, OneRank(), stop, lambda: None, patience_s=60.0)  # type: ignore[arg-type]
+    assert patient.run(REQUESTS, 3, "step 4") == [TURNS, LATE, FAILED]
+    assert answers.asked == [3, 3, 3]
+    assert runner(Answers([LATE] * 3), stop, lambda: None).run(REQUESTS, 3, "step 4") == [LATE] * 3
 
 
 def test_a_request_to_stop_drops_the_rollouts_in_flight(stop: StopSignal) -> None:
