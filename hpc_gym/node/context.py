@@ -22,6 +22,8 @@ from hpc_gym.protocol.secrets import Secrets, read_secrets
 
 NODE_TOKEN = "token"
 """File in the private directory: a secret of this node and attempt, for programs that want a token of their own."""
+LONGEST_SCRATCH = 24
+"""Bytes of the path that the private directory may be made in; a longer one in a profile is refused (config.schema)."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class NodeContext:
         (Ray's).
         """
         scratch = self.plan.launch.scratch or tempfile.gettempdir()
-        if len(scratch) > 24 or not os.access(scratch, os.W_OK | os.X_OK):
+        if len(os.fsencode(scratch)) > LONGEST_SCRATCH or not os.access(scratch, os.W_OK | os.X_OK):
             scratch = "/tmp"
         return Path(scratch) / f"hg-{_digest(self.secrets, f'directory of {self.node.name}')[:10]}"
 

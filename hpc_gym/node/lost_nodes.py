@@ -24,8 +24,6 @@ class Component:
     """A component of a heterogeneous job, or the whole of a plain one, as Slurm keeps it."""
 
     job_id: str
-    address: str
-    """How it alone is meant: by its bare id, a change of a heterogeneous job's first component is one of all."""
     hosts: tuple[str, ...]
     """Slurm's names of its nodes."""
     required: str = ""
@@ -36,10 +34,9 @@ def components(environment: Mapping[str, str]) -> list[Component]:
     """What the job of this process consists of, in order. `environment`: of the job script."""
     count = int(environment.get("SLURM_HET_SIZE") or 0)
     found = []
-    for index, suffix in enumerate([f"_HET_GROUP_{index}" for index in range(count)] or [""]):
+    for suffix in [f"_HET_GROUP_{index}" for index in range(count)] or [""]:
         nodes = scontrol.hostnames(environment.get(f"SLURM_JOB_NODELIST{suffix}", ""))
-        job_id = environment.get(f"SLURM_JOB_ID{suffix}", "")
-        found.append(Component(job_id, f"{job_id}+0" if count and index == 0 else job_id, tuple(nodes)))
+        found.append(Component(environment.get(f"SLURM_JOB_ID{suffix}", ""), tuple(nodes)))
     return found
 
 
@@ -61,23 +58,35 @@ def _shrunk(component: Component, smaller: Component) -> Component:
     told = scontrol.fields(component.job_id)
     if told.get("JobState") != "RUNNING":
         return component  # of a job that waits, the same command would say which nodes it must have
-    refusal = scontrol.update(component.address, {"NodeList": ",".join(smaller.hosts)})
-    if refusal:
+    refusal = scontrol.update(component.job_id, {"NodeList": ",".join(smaller.hosts)})
+    # The id of the first component means all of them, and those that do not have these nodes refuse.
+    kept = scontrol.hostnames(scontrol.fields(component.job_id).get("NodeList", "")) if refusal else smaller.hosts
+    if set(kept) != set(smaller.hosts):
         print(f"Slurm does not take back the lost nodes of job {component.job_id} yet: {refusal}", flush=True)
         return component
     return replace(smaller, required=_required(told))
 
 
 def restore(parts: Sequence[Component], wanted: Sequence[int]) -> None:
-    """Lets a job that is queued again ask for as many nodes per component as it was submitted with."""
+    """Lets a job that is queued again ask for as many nodes per component as it was submitted with.
+
+    The id of the first component means all of them, and no other name is taken for a size: after it, so that each has
+    its own again, all are changed.
+    """
     deadline = time.monotonic() + _RESTORED_WITHIN_S
-    for part, nodes in zip(parts, wanted, strict=True):
-        if len(part.hosts) >= nodes:
+    smaller = [len(part.hosts) < nodes for part, nodes in zip(parts, wanted, strict=True)]
+    changed = [True] * len(parts) if smaller[0] else smaller
+    required = [
+        part.required if shrunk or not touched else _required(scontrol.fields(part.job_id))
+        for part, shrunk, touched in zip(parts, smaller, changed, strict=True)
+    ]
+    for part, nodes, touched, those in zip(parts, wanted, changed, required, strict=True):
+        if not touched:
             continue
         change = {"NumNodes": str(nodes), "NumTasks": str(nodes)}
-        if _required(scontrol.fields(part.job_id)) != part.required:
-            change["NodeList"] = part.required  # Slurm queued the job again just before it was told which to keep
-        while refusal := scontrol.update(part.address, change):
+        if _required(scontrol.fields(part.job_id)) != those:
+            change["NodeList"] = those  # Slurm queued the job again just before it was told which to keep
+        while refusal := scontrol.update(part.job_id, change):
             if time.monotonic() > deadline:
                 print(f"job {part.job_id} is queued again, but not for {nodes} nodes: {refusal}", flush=True)
                 break
