@@ -4,7 +4,8 @@ A job that is requeued with a silent node in it waits until Slurm gives that nod
 default, 300 to 500 s, as Slurm asks its nodes every 100 s. What Slurm 22.05 then starts has kept the account of GPUs
 of the life before (`kill_running_job_by_node_name` calls `cleanup_completing`, not `batch_requeue_fini`): it refuses
 to make a step of it ("Invalid generic resource"), and counts those GPUs as used until slurmctld is restarted. A job
-that has let go of the node is spared all of it: it waits `cred_expire` seconds only.
+that has let go of the node is spared all of it: it waits `cred_expire` seconds only. Of the first component of a
+heterogeneous job nothing can be given back: scontrol takes its id for that of several jobs, and "ID+0" for none.
 """
 
 from __future__ import annotations
@@ -59,33 +60,21 @@ def _shrunk(component: Component, smaller: Component) -> Component:
     if told.get("JobState") != "RUNNING":
         return component  # of a job that waits, the same command would say which nodes it must have
     refusal = scontrol.update(component.job_id, {"NodeList": ",".join(smaller.hosts)})
-    # The id of the first component means all of them, and those that do not have these nodes refuse.
-    kept = scontrol.hostnames(scontrol.fields(component.job_id).get("NodeList", "")) if refusal else smaller.hosts
-    if set(kept) != set(smaller.hosts):
+    if refusal:
         print(f"Slurm does not take back the lost nodes of job {component.job_id} yet: {refusal}", flush=True)
         return component
     return replace(smaller, required=_required(told))
 
 
 def restore(parts: Sequence[Component], wanted: Sequence[int]) -> None:
-    """Lets a job that is queued again ask for as many nodes per component as it was submitted with.
-
-    The id of the first component means all of them, and no other name is taken for a size: after it, so that each has
-    its own again, all are changed.
-    """
+    """Lets a job that is queued again ask for as many nodes per component as it was submitted with."""
     deadline = time.monotonic() + _RESTORED_WITHIN_S
-    smaller = [len(part.hosts) < nodes for part, nodes in zip(parts, wanted, strict=True)]
-    changed = [True] * len(parts) if smaller[0] else smaller
-    required = [
-        part.required if shrunk or not touched else _required(scontrol.fields(part.job_id))
-        for part, shrunk, touched in zip(parts, smaller, changed, strict=True)
-    ]
-    for part, nodes, touched, those in zip(parts, wanted, changed, required, strict=True):
-        if not touched:
+    for part, nodes in zip(parts, wanted, strict=True):
+        if len(part.hosts) >= nodes:
             continue
         change = {"NumNodes": str(nodes), "NumTasks": str(nodes)}
-        if _required(scontrol.fields(part.job_id)) != those:
-            change["NodeList"] = those  # Slurm queued the job again just before it was told which to keep
+        if _required(scontrol.fields(part.job_id)) != part.required:
+            change["NodeList"] = part.required  # Slurm queued the job again just before it was told which to keep
         while refusal := scontrol.update(part.job_id, change):
             if time.monotonic() > deadline:
                 print(f"job {part.job_id} is queued again, but not for {nodes} nodes: {refusal}", flush=True)
