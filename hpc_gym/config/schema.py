@@ -7,6 +7,7 @@ checks them against what the locked runtimes accept.
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,8 @@ _Positive = Annotated[int, Field(ge=1, le=_MANY)]
 _MOST_NODES = 10_000
 """Per role: the largest clusters have about so many."""
 _MOST_PER_NODE = 1024
+_LONGEST_SCRATCH = 24
+"""Bytes. The path of a Unix socket is at most 108, and Ray's go on for some 80 below it. `node.context` has it too."""
 _Seconds = Annotated[float, Field(gt=0)]
 _Temperature = Annotated[float, Field(ge=0, le=2)]
 _TopP = Annotated[float, Field(gt=0, le=1)]
@@ -190,7 +193,9 @@ class Container(Section):
     modules: list[_Text]
     """Environment modules loaded first."""
     images: dict[Literal["inference", "gym", "train"], _Text]
-    """Container images, where `kind` is a container engine."""
+    """Container images, where `kind` is a container engine: files (relative to the YAML file that names them), or a
+    registry's addresses (`docker://NAME`).
+    """
     options: list[_Text]
     """More arguments of the container engine."""
 
@@ -229,13 +234,27 @@ class Cluster(Section):
     setup: list[_Text]
     """Shell lines that the job script runs first; what they export reaches all nodes."""
     env: dict[str, str]
-    """Environment variables of every process."""
+    """Environment variables of every process; those that hpc-gym sets itself are refused (`plan.owned`)."""
     role_env: dict[Literal["rollout", "train", "judge", "environment"], dict[str, str]]
     """More of them for the processes of one role; these win over hpc-gym's own."""
     network_interface: _Text | None
     scratch: _Text | None
-    """Folder on the node for private files; its path should be short, for Unix sockets lie in it."""
+    """Folder on the node for private files; its path must be short, for Unix sockets lie in it."""
     runtime: Container
+
+    @field_validator("scratch")
+    @classmethod
+    def _has_room_for_sockets(cls, scratch: str | None) -> str | None:
+        if scratch is None:
+            return None
+        if not scratch.startswith("/"):
+            raise ValueError("must be an absolute path: it is a folder on each node.")
+        if (length := len(os.fsencode(scratch))) > _LONGEST_SCRATCH:
+            raise ValueError(
+                f"is {length} bytes long, and {_LONGEST_SCRATCH} are allowed: Unix sockets lie deep inside it, and "
+                "their paths are at most 108 bytes. Name a folder with a shorter path, or set it to null."
+            )
+        return scratch
 
 
 class Supervision(Section):

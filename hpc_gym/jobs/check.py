@@ -77,8 +77,9 @@ def missing_of(runtime: Runtime) -> str:
     """What is missing of a runtime, and what to do; "" when nothing is."""
     if runtime.kind in ("apptainer", "pyxis"):
         # Images are also named by a registry's address, which only the compute nodes may reach.
-        looks_like_a_file = runtime.root.startswith(("/", "."))
-        return f"there is no image {runtime.root}" if looks_like_a_file and not Path(runtime.root).exists() else ""
+        if not Path(runtime.root).is_absolute() or Path(runtime.root).exists():
+            return ""
+        return f"there is no image {runtime.root}; one in a registry is written with its scheme, as docker://NAME"
     if runtime.name in names() and not is_runtime(Path(runtime.root)):
         return f"it is not built: hpc-gym runtimes build {runtime.name}"
     return "" if Path(runtime.python).exists() else f"there is no interpreter {runtime.python}"

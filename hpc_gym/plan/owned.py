@@ -1,8 +1,14 @@
-"""Options of vLLM, TRL and DeepSpeed that hpc-gym sets itself: each with the reason, and what to write instead."""
+"""Options of vLLM, TRL and DeepSpeed, and environment variables, that hpc-gym sets itself: each with the reason, and
+what to write instead.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+
+from hpc_gym.config.problems import Problem
+from hpc_gym.config.provenance import KeyPath
+from hpc_gym.config.schema import Experiment
 
 _SOCKET = "vLLM listens on a Unix socket in a private directory: in dev mode it must not be reachable"
 _WEIGHTS = "the trainer's weights reach vLLM through hpc-gym's own extension; weights.transfer says how they travel"
@@ -17,6 +23,12 @@ _REVISION = "the trainer would load another one: download that revision and set 
 _DTYPE = "set model.dtype: vLLM and the trainer must use the same"
 _PARTS = "hpc-gym starts every part of a vLLM: nnodes and the parallel sizes say how many there are"
 _BATCH = "it follows from the section grpo"
+_RANKS = "hpc-gym starts the ranks itself: nodes.train and ranks_per_node say how many there are"
+_INTERFACE = "set cluster.network_interface, or cluster.role_env where one role differs"
+_RAY = (
+    "nobody else may reach the Ray of a job, whose files lie in a private directory: set cluster.scratch for its place"
+)
+_USAGE = "a job reports its usage to nobody: take it away"
 
 VLLM: Mapping[str, str] = {
     "model": _MODEL,
@@ -187,3 +199,62 @@ DEEPSPEED: Mapping[str, str] = {
 }
 
 ZERO_STAGE = "set deepspeed.zero_stage"
+
+VARIABLES: Mapping[str, str] = {
+    "TMPDIR": "each node has a private directory for temporary files: set cluster.scratch to the folder it is made in",
+    "PYTHONPATH": "it leads to the run directory's copy of hpc-gym: what else is imported belongs into an image "
+    "(cluster.runtime.images) or an environment module (cluster.runtime.modules)",
+    "NOTIFY_SOCKET": "through it a process tells its supervisor that it is ready: take it away",
+    "VIRTUAL_ENV": "it names the runtime that a process is in: set the section runtimes, or cluster.runtime",
+    "WANDB_DIR": "W&B's files lie in the run directory: set cluster.runs_dir",
+    "WANDB_MODE": "set tracking.wandb.mode",
+    "DS_ACCELERATOR": "it follows from runtimes.device",
+    **dict.fromkeys(
+        ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+        _RANKS,
+    ),
+}
+"""That a cluster profile sets neither in `env` nor in `role_env`: without effect, or other for each rank."""
+
+SHARED_VARIABLES: Mapping[str, str] = {
+    "GLOO_SOCKET_IFNAME": _INTERFACE,
+    "NCCL_SOCKET_IFNAME": _INTERFACE,
+    "VLLM_HOST_IP": _INTERFACE,
+    "VLLM_RPC_BASE_PATH": "vLLM's sockets lie in a private directory: set cluster.scratch to the folder it is made in",
+    "VLLM_SERVER_DEV_MODE": "vLLM for the policy needs it on, and a judge's off: take it away",
+    "VLLM_NO_USAGE_STATS": _USAGE,
+    "RAY_USAGE_STATS_ENABLED": _USAGE,
+    **dict.fromkeys(
+        ("RAY_TMPDIR", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"),
+        _RAY,
+    ),
+    "TOKENIZERS_PARALLELISM": "the trainers do without it: set it in cluster.role_env for the roles that you mean",
+}
+"""That only `role_env` can set: what hpc-gym gives the processes of a role wins over `env`."""
+
+DEVICE_VARIABLES: Mapping[str, Mapping[str, str]] = {
+    "cpu": {
+        "OMP_NUM_THREADS": "vLLM and each rank have one thread: set it in cluster.role_env for the roles that you mean",
+        "VLLM_CPU_OMP_THREADS_BIND": "set it in cluster.role_env for rollout or judge",
+    },
+    "cuda": {
+        "CUDA_VISIBLE_DEVICES": "each vLLM is given GPUs of its own: set gpus_per_node to how many of a node are used, "
+        "or cluster.role_env.train to which of them train",
+    },
+}
+"""As SHARED_VARIABLES, by `runtimes.device`."""
+
+_OURS = "HPC_GYM_"
+_OUR_REASON = f"{_OURS}... is how hpc-gym's own processes find one another: take it away"
+
+
+def variable_problems(experiment: Experiment) -> Iterable[Problem]:
+    """Variables of the cluster profile that would not reach the processes which they are meant for."""
+    cluster = experiment.cluster
+    shared = {**VARIABLES, **SHARED_VARIABLES, **DEVICE_VARIABLES[experiment.runtimes.device]}
+    sections: list[tuple[KeyPath, Iterable[str], Mapping[str, str]]] = [(("cluster", "env"), cluster.env, shared)]
+    sections += [(("cluster", "role_env", role), own, VARIABLES) for role, own in cluster.role_env.items()]
+    for path, names, owned in sections:
+        for name in names:
+            if reason := _OUR_REASON if name.startswith(_OURS) else owned.get(name):
+                yield Problem((*path, name), f"hpc-gym owns this variable: {reason}.")

@@ -1,4 +1,6 @@
-"""Looks up what an experiment names outside itself: runtimes, the model, NeMo Gym's configurations, dataset files."""
+"""Looks up what an experiment names outside itself: runtimes and their images, the model, NeMo Gym's configurations,
+dataset files.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ class References:
         """
         container = self.experiment.cluster.runtime
         base = Runtime(BASE, "venv", sys.prefix, sys.executable)
-        runtimes = {BASE: base}
+        runtimes, images = {BASE: base}, self._images()
         for role, name in (("inference", names.inference), ("gym", names.gym), ("train", names.train)):
             try:
                 spec = spec_of(name)
@@ -46,7 +48,7 @@ class References:
                 self.problems.append(Problem(("runtimes", role), f"{error}."))
                 runtimes[name] = base
                 continue
-            image = container.images.get(role)  # type: ignore[call-overload]
+            image = images.get(role)
             earlier = self.earlier.get(name)
             if image is None and earlier and earlier.kind == container.kind and is_runtime(Path(earlier.root)):
                 root, python, lock = earlier.root, earlier.python, earlier.lock
@@ -62,6 +64,15 @@ class References:
                 options=tuple(container.options),
             )
         return runtimes
+
+    def _images(self) -> dict[str, str]:
+        """The container images by role; none where no container engine is asked for, whatever the profile lists."""
+        container = self.experiment.cluster.runtime
+        images: dict[str, str] = {}
+        for role, written in container.images.items():
+            key: KeyPath = ("cluster", "runtime", "images", role)
+            images[role] = self.paths[key] = image_source(written, self.composed.folder_of(key))
+        return images if container.kind in ("apptainer", "pyxis") else {}
 
     def check_saves(self, batch: Batch | None) -> None:
         every = self.experiment.checkpoints.every
@@ -164,3 +175,14 @@ class References:
                     f"'{agent}'; {hint}.",
                 )
             )
+
+
+def image_source(written: str, folder: Path) -> str:
+    """The container image as its engine is told it: the absolute file, or its address in a registry.
+
+    An address has a ':' or a '#' in it (`docker://NAME:TAG`, enroot's `REGISTRY#NAME`); a file with one in its name is
+    written as `./NAME`.
+    """
+    if not written.startswith((".", "/", "~")) and any(mark in written for mark in ":#"):
+        return written
+    return str((folder / Path(written).expanduser()).resolve())

@@ -24,6 +24,7 @@ from hpc_gym.plan.launch import launch
 from hpc_gym.plan.nemo_gym import Gym, Served
 from hpc_gym.plan.nodes import nodes, places
 from hpc_gym.plan.options import option_problems
+from hpc_gym.plan.owned import variable_problems
 from hpc_gym.plan.processes import BASE, MODEL_NAME, Names
 from hpc_gym.plan.references import References
 from hpc_gym.plan.settings import deepspeed_config, grpo_fields
@@ -119,7 +120,7 @@ def _resolve(
     runtimes = found.runtimes(names)
     gym = Gym.of(Path(runtimes[names.gym].root))
     ranks = ranks_per_node(experiment)
-    found.problems += role_problems(experiment)
+    found.problems += [*role_problems(experiment), *variable_problems(experiment)]
     batch, problems = batch_of(experiment.grpo, experiment.nodes.train * ranks, experiment.max_staleness)
     found.problems += problems
     found.check_saves(batch)

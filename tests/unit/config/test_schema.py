@@ -183,6 +183,27 @@ def test_directives_of_slurm_pass_in_either_spelling(folder: Path) -> None:
     assert told(f"cluster: {{slurm: {{{text}}}}}\n", folder) == []
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("account: 0123", "83"),
+        ("account: 12e3", "12000.0"),
+        ("reservation: 2024_11_05", "20241105"),
+        ("qos: no", "false"),
+        ("partition: 7", "7"),
+        ("constraint: on", "true"),
+        ("wckey: 1", "1"),
+    ],
+)
+def test_names_that_yaml_reads_as_something_else_want_quotes(folder: Path, written: str, read: str) -> None:
+    option, _, value = written.partition(": ")
+    for text, key in ((written, option), (f"train: {{{written}}}", f"train.{option}")):
+        says = f"top.yaml:2: cluster.slurm.{key}: must be text, but YAML reads this as {read}: write it in quotes."
+        assert told(f"cluster: {{slurm: {{{text}}}}}\n", folder) == [says]
+    assert told(f"cluster: {{slurm: {{{option}: '{value}'}}}}\n", folder) == []
+    assert told(f"cluster: {{slurm: {{{option}: null}}}}\n", folder) == []
+
+
 def test_what_is_missing_is_named(folder: Path) -> None:
     (folder / "empty.yaml").write_text("name: x\n")
     composed = compose("empty.yaml")
