@@ -7,8 +7,11 @@ from __future__ import annotations
 import re
 
 _LAST_WORDS = "TOKEN|API_?KEY|SECRET|SECRET_KEY|PASSWORD|PASSWD|PASSPHRASE|ACCESS_KEY|PRIVATE_KEY|CREDENTIALS"
-_SECRET = re.compile(rf"(?:\w*_)?(?:{_LAST_WORDS})", re.IGNORECASE)
-_FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env:\s*(\w+)")
+_OF_TEXT = "BOS|EOS|EOT|PAD|UNK|SEP|CLS|MASK|START|STOP|END|IMAGE|THINK"
+"""Tokens of a tokenizer, which are no secrets."""
+_SECRET = re.compile(rf"(?!(?:\w*_)?(?:{_OF_TEXT})_TOKEN$)(?:\w*_)?(?:{_LAST_WORDS})", re.IGNORECASE)
+_FROM_ENVIRONMENT = re.compile(r"""(?<!\\)(?:\\\\)*\$\{\s*oc\.env\s*:\s*["']?(\w+)""")
+"""Not after a lone backslash: that is left for NeMo Gym, which reads it on the nodes."""
 _SET_BY_SHELL = re.compile(r"(?:^|[\s;&])(\w+)=(?![\s;&]|$)")
 
 ADVICE = "name it under secrets and export it before the submit: it then travels in a 0600 file"

@@ -92,6 +92,11 @@ SRUN_OWNED = {
 _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|unlimited|infinite", re.IGNORECASE)
 """A time as sbatch(1) has it."""
 
+_TEXT = frozenset({"account", "constraint", "partition", "qos", "reservation", "wckey"})
+"""Options whose value is a name. YAML reads some names as numbers (0123 is 83, 2024_11_05 is 20241105) or as true and
+false, and Slurm would be asked for another one, or for none.
+"""
+
 
 def slurm_problems(tree: dict[str, Any]) -> list[Problem]:
     """Unknown options, and those that hpc-gym owns, in `cluster.slurm` and `cluster.srun` of a composed experiment."""
@@ -133,6 +138,8 @@ def _problem(path: KeyPath, name: str, value: Any, sections: tuple[str, ...]) ->
         return Problem(path, f"hpc-gym owns this directive: {OWNED[option]}.")
     if option not in ALLOWED:
         return Problem(path, f"sbatch has no such option; {nearest(option, ALLOWED | set(sections))}")
+    if option in _TEXT and isinstance(value, int | float):
+        return Problem(path, f"must be text, but YAML reads this as {value_text(value)}: write it in quotes.")
     if option in ("time", "time-min") and isinstance(value, str | int | float) and not _TIME.fullmatch(str(value)):
         allowed = "minutes, or as 12:00:00 or 2-00:00:00 (days-hours:minutes:seconds)"
         return Problem(path, f"{value_text(value)} is no time as sbatch takes it; allowed: {allowed}.")

@@ -9,13 +9,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 
+from hpc_gym.config.slurm_gpus import gpu_option, gpus_per_node
 from hpc_gym.errors import UserError
 from hpc_gym.jobs.findings import Finding
 from hpc_gym.jobs.rendering import render
-from hpc_gym.jobs.slurm import ask
+from hpc_gym.jobs.slurm import ask, sbatch
 from hpc_gym.jobs.slurm_limits import limit_findings
 from hpc_gym.jobs.slurm_script import Directives, sbatch_options
-from hpc_gym.jobs.slurm_values import gpus_per_node, minutes
+from hpc_gym.jobs.slurm_values import minutes
 from hpc_gym.plan.plan import Plan
 
 _COMMANDS = ("sbatch", "squeue", "scancel", "scontrol", "sinfo")
@@ -141,7 +142,7 @@ def _fits(components: list[Directives], partitions: Partitions) -> Finding:
     """Whether nodes enough exist for all components at once, which `sbatch --test-only` looks at one by one."""
     wanted = [int(options["nodes"] or 0) for options in components]
     eligible = [_eligible(options, partitions) for options in components]
-    alone = len(components) == 1 or any("exclusive" in options or gpus_per_node(options) for options in components)
+    alone = len(components) == 1 or any("exclusive" in options or gpu_option(options) for options in components)
     groups: list[tuple[int, ...]] = [(index,) for index in range(len(components))]
     if alone:
         groups = [
@@ -161,7 +162,7 @@ def _fits(components: list[Directives], partitions: Partitions) -> Finding:
 def _eligible(options: Directives, partitions: Partitions) -> set[str]:
     """Nodes of the component's partitions, by name, that are not down and have the GPUs and features it asks for."""
     names = ",".join(partitions[name]["PartitionName"] for name in _names(options) if name in partitions)
-    gpus, wanted = gpus_per_node(options), _features(options.get("constraint"))
+    gpus, wanted = gpus_per_node(options) or 0, _features(options.get("constraint"))
     found = set()
     for line in ask(["sinfo", "-h", "-N", "-p", names, "-o", "%N|%t|%G|%f"]).splitlines():
         name, state, gres, features = line.split("|")
@@ -187,7 +188,7 @@ def _test(plan: Plan) -> Finding:
         script.write(render(plan))
         script.flush()
         try:
-            told = ask(["sbatch", "--test-only", script.name], errors=True)
+            told = sbatch("--test-only", script.name, errors=True)
         except UserError as error:
             return Finding("sbatch", "failed", str(error).partition(" failed: ")[2] or str(error))
     start = re.findall(r"to start at (\S+)", told)
@@ -200,7 +201,7 @@ def _cost(components: list[Directives], partitions: Partitions) -> Finding:
     for options in components:
         limit = _limit(options, components, partitions)
         node_hours += int(options["nodes"] or 0) * limit / 60
-        hours += int(options["nodes"] or 0) * gpus_per_node(options) * limit / 60
+        hours += int(options["nodes"] or 0) * (gpus_per_node(options) or 0) * limit / 60
     if node_hours == float("inf"):
         return Finding("cost", "warning", "there is no time limit")
     return Finding("cost", "ok", f"{hours:.4g} GPU-hours, {node_hours:.3g} node-hours at the time limit")

@@ -6,11 +6,11 @@ import getpass
 import re
 from collections.abc import Iterator, Sequence
 
+from hpc_gym.config.slurm_gpus import gpus_per_node
 from hpc_gym.errors import UserError
 from hpc_gym.jobs.findings import Finding
 from hpc_gym.jobs.slurm import ask
 from hpc_gym.jobs.slurm_script import Directives
-from hpc_gym.jobs.slurm_values import gpus_per_node
 from hpc_gym.jobs.slurm_values import minutes as read_minutes
 
 _FIELDS = ("MaxWall", "MaxTRES", "GrpTRES")
@@ -56,7 +56,7 @@ def _beyond(where: str, limits: dict[str, str], components: Sequence[Directives]
     if limits["MaxWall"] and max(times) > read_minutes(limits["MaxWall"]):
         found.append(f"{where} allows jobs of at most {limits['MaxWall']} (time)")
     nodes = [int(options["nodes"] or 0) for options in components]
-    gpus = [gpus_per_node(options) * count for options, count in zip(components, nodes, strict=True)]
+    gpus = [(gpus_per_node(options) or 0) * count for options, count in zip(components, nodes, strict=True)]
     for field in ("MaxTRES", "GrpTRES"):
         # MaxTRES counts for each component of a heterogeneous job, GrpTRES for all that runs.
         together = max if field == "MaxTRES" else sum

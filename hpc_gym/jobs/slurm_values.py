@@ -1,12 +1,6 @@
-"""Values of sbatch's options, read as Slurm reads them. Pure."""
+"""Times in sbatch's options and in what Slurm tells, read as Slurm reads them. Pure."""
 
 from __future__ import annotations
-
-import re
-
-from hpc_gym.jobs.slurm_script import Directives
-
-_GPUS = re.compile(r"(?:^|,)(?:gpu(?::[^:,=]+)?[:=])?(\d+)$")
 
 
 def minutes(text: str) -> float:
@@ -22,11 +16,3 @@ def minutes(text: str) -> float:
     else:
         hours, (mins, secs) = 0.0, [*parts, 0.0][:2]
     return float(days or 0) * 1440 + hours * 60 + mins + secs / 60
-
-
-def gpus_per_node(options: Directives) -> int:
-    """GPUs per node that a component asks for."""
-    for name in ("gpus-per-node", "gres", "gpus-per-task"):
-        if name in options and (found := _GPUS.search(options[name] or "")):
-            return int(found[1])
-    return 0

@@ -9,16 +9,17 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from hpc_gym.config.problems import Problem, nearest
-from hpc_gym.config.provenance import KeyPath
+from hpc_gym.config.problems import Problem, nearest, value_text
 from hpc_gym.config.schema import Experiment
-from hpc_gym.config.secret_names import ADVICE, is_secret, set_by
+from hpc_gym.config.slurm_gpus import gpu_option, gpus_per_node
 from hpc_gym.errors import UserError
 from hpc_gym.plan.judge import judge_problems
-from hpc_gym.plan.launch import carried_over
+from hpc_gym.plan.launch import carried_over, effective, key_of, nodes_per_role
+from hpc_gym.plan.plan import RoleName
 from hpc_gym.plan.processes import gpus_of_judge
-from hpc_gym.plan.spread import gpus_per_replica, nodes_of, spread_problems
+from hpc_gym.plan.spread import gpus_of, gpus_per_replica, nodes_of, spread_problems
 from hpc_gym.plan.values import value_problems
+from hpc_gym.plan.written_secrets import secret_problems
 from hpc_gym.runtimes.spec import cache_folder
 
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -34,13 +35,14 @@ def role_problems(experiment: Experiment) -> list[Problem]:
         *spread_problems(experiment),
         *(carried_over(experiment) if experiment.cluster.kind == "slurm" else ()),
         *_gpus(experiment),
+        *_gpus_of_slurm(experiment),
         *_lengths(experiment),
         *_sampling(experiment),
         *value_problems(experiment),
         *_evaluation(experiment),
         *_weights(experiment),
         *_containers(experiment),
-        *_secrets(experiment),
+        *secret_problems(experiment),
     ]
 
 
@@ -196,6 +198,39 @@ def _gpus(experiment: Experiment) -> Iterable[Problem]:
         )
 
 
+def _gpus_of_slurm(experiment: Experiment) -> Iterable[Problem]:
+    """Nodes that get fewer GPUs from Slurm, by options of the profile, than the programs on them take."""
+    gpus = experiment.gpus_per_node
+    if experiment.cluster.kind != "slurm" or experiment.runtimes.device != "cuda" or not gpus:
+        return
+    for role in nodes_per_role(experiment):
+        options = effective(experiment, role)
+        option, given = gpu_option(options), gpus_per_node(options)
+        key = key_of(experiment, role, option) if option else None
+        taken, by = _gpus_taken(experiment, role)
+        if option and key and given is not None and given < taken:
+            yield Problem(
+                key,
+                f"{value_text(options[option])} gives a {role} node {given} GPUs, and its programs take {taken} "
+                f"({by}; gpus_per_node = {gpus}): ask for {taken} here, or set gpus_per_node, and what follows from "
+                f"it, to what {role} nodes get.",
+                (("gpus_per_node",),),
+            )
+
+
+def _gpus_taken(experiment: Experiment, role: RoleName) -> tuple[int, str]:
+    """GPUs of a node that the role's programs take, counted from the first, and the keys that say so."""
+    if role == "train":
+        return ranks_per_node(experiment), "ranks_per_node"
+    if role == "judge" and experiment.judge is not None:
+        return gpus_of(experiment.judge.vllm), "judge.vllm"
+    if role == "rollout" and gpus_of_judge(experiment):
+        return experiment.gpus_per_node, "judge.vllm has the last of them"
+    if role == "rollout":
+        return gpus_per_replica(experiment) * replicas_of(experiment), "rollouts.replicas, vllm"
+    return 0, ""
+
+
 def _lengths(experiment: Experiment) -> Iterable[Problem]:
     length = experiment.vllm.get("max_model_len")
     if not isinstance(length, int):
@@ -266,19 +301,3 @@ def _containers(experiment: Experiment) -> Iterable[Problem]:
         yield Problem(
             ("cluster", "runtime", "modules"), "is empty, but kind modules loads environment modules: list them."
         )
-
-
-def _secrets(experiment: Experiment) -> Iterable[Problem]:
-    """Secrets that are written where everybody reads them: the Plan, or the job script."""
-    cluster = experiment.cluster
-    sections: list[tuple[KeyPath, Mapping[str, str]]] = [(("cluster", "env"), cluster.env)]
-    sections += [(("cluster", "role_env", role), variables) for role, variables in cluster.role_env.items()]
-    for path, variables in sections:
-        for name in variables:
-            if is_secret(name) or name in experiment.secrets:
-                yield Problem((*path, name), f"would stand in plan.json, where others read it: {ADVICE}.")
-    for index, line in enumerate(cluster.setup):
-        for name in set_by(line):
-            yield Problem(
-                ("cluster", "setup", index), f"would show {name} in the job script, where others read it: {ADVICE}."
-            )

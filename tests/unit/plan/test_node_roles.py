@@ -201,3 +201,20 @@ def test_what_sbatch_would_carry_over_into_a_later_component_is_refused(project:
 def test_what_every_component_says_is_not_carried_over(project: Project) -> None:
     slurm = "cluster: {kind: slurm, slurm: {mem: '0', rollout: {partition: cpu, mem: 64G}, train: {exclude: node3}}}\n"
     assert [options.get("mem") for _, options in components(project.plan(more=slurm))] == ["64G", "0"]
+
+
+@pytest.mark.parametrize("later", ["{exclude: null}", "{exclude: false}"])
+def test_a_null_that_sbatch_would_undo_is_refused(judged: Project, later: str) -> None:
+    options = "{partition: cpu, exclude: node3, judge: {partition: fat}, train: " + later + "}"
+    slurm = "cluster: {kind: slurm, slurm: " + options + "}\n"
+    message = judged.refused("nodes.judge=1", more=slurm + ON_NODES)
+    assert message == (
+        "top.yaml:2: cluster.slurm.train.exclude: does not take it away: sbatch gives what earlier components of a "
+        "heterogeneous job say, here cluster.slurm.exclude, to later ones that say nothing: give train a value of its "
+        "own. (cluster.slurm.exclude: top.yaml:2)"
+    )
+
+
+def test_a_null_of_the_first_component_is_none_of_the_later_ones(project: Project) -> None:
+    slurm = "cluster: {kind: slurm, slurm: {qos: high, rollout: {partition: cpu, qos: null}}}\n"
+    assert [options.get("qos") for _, options in components(project.plan(more=slurm))] == [None, "high"]
