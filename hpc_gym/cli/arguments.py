@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from hpc_gym.cli import completion
+from hpc_gym.errors import UserError
 
 Experiment = Annotated[
     str,
@@ -27,3 +28,12 @@ Job = Annotated[
     typer.Argument(help="A job id, a run name, a run directory, or 'latest'.", autocompletion=completion.jobs),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def refuse_two_outputs(follow: bool, as_json: bool) -> None:
+    """Raises UserError where one JSON line and then a view for people would be written to the same output."""
+    if follow and as_json:
+        raise UserError(
+            "--json prints one line for a program and --follow a view for people: choose one. To follow by a program: "
+            "`hpc-gym status JOB --follow --json`."
+        )

@@ -25,7 +25,7 @@ def cancel(
     from hpc_gym.jobs import records
     from hpc_gym.jobs.cancellation import cancel as cancel_job
 
-    record = records.find(job)
+    record = records.find(job, only=True)
     if wait and not as_json:
         typer.echo(f"Stopping job {record.job_id} ({record.run_dir}) ...", err=True)
     told = cancel_job(record, wait)

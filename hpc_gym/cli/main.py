@@ -88,7 +88,8 @@ def _root(
     hpc-gym demo                               the whole thing at work, in minutes
     hpc-gym submit EXPERIMENT --dry-run        what would be submitted
     hpc-gym submit EXPERIMENT --follow         submit, and watch
-    hpc-gym status | logs --follow | cancel    of the latest job, or of JOB
+    hpc-gym status | logs --follow             of the latest job, or of JOB
+    hpc-gym cancel JOB | resume JOB            stop it | go on with it
 
     EXPERIMENT is a YAML file or a name under configs/experiments. JOB is a job id, a run name, a run directory, or
     'latest'. Every command has --help with examples.

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from hpc_gym.cli.arguments import Job, Json, Overrides
+from hpc_gym.cli.arguments import Job, Json, Overrides, refuse_two_outputs
+from hpc_gym.cli.submit import say_chain
 
 
 def resume(
@@ -31,6 +32,7 @@ def resume(
     """
     from hpc_gym.jobs.resume import prepare_resumption, submit_resumption
 
+    refuse_two_outputs(follow, as_json)
     resumption = prepare_resumption(job, overrides or ())
     resumed = submit_resumption(resumption)
     if as_json:
@@ -38,11 +40,13 @@ def resume(
 
         facts = {"job_id": resumed.job_id, "name": resumed.record.name, "run_dir": str(resumed.run_dir)}
         step = resumption.saved.step if resumption.saved else 0
-        typer.echo(json.dumps(facts | {"from_step": step, "adapted": dict(resumption.adapted)}))
+        told = {"from_step": step, "adapted": dict(resumption.adapted), "chain": resumed.record.chain}
+        typer.echo(json.dumps(facts | told))
     else:
         for sentence in resumption.told:
             typer.echo(sentence)
         typer.echo(f"Submitted job {resumed.job_id}, which goes on with {resumed.run_dir} {resumption.where}.")
+        say_chain(resumed.record)
     if follow:
         from hpc_gym.cli.live import follow_job
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpc_gym.cli.arguments import Cluster, Experiment, Json, Overrides
+from hpc_gym.cli.arguments import Cluster, Experiment, Json, Overrides, refuse_two_outputs
 
 if TYPE_CHECKING:
     from hpc_gym.jobs.job import HpcgymJob
+    from hpc_gym.jobs.records import JobRecord
 
 
 def submit(
@@ -41,6 +42,7 @@ def submit(
     # Early mistakes must not wait for what only a real submit imports.
     from hpc_gym.jobs.request import prepare
 
+    refuse_two_outputs(follow, as_json)
     request = prepare(experiment, overrides or (), cluster)
     if dry_run:
         from hpc_gym.jobs.rendering import render
@@ -53,7 +55,8 @@ def submit(
     if as_json:
         import json
 
-        typer.echo(json.dumps({"job_id": job.job_id, "name": job.record.name, "run_dir": str(job.run_dir)}))
+        told = {"job_id": job.job_id, "name": job.record.name, "run_dir": str(job.run_dir)}
+        typer.echo(json.dumps(told | {"chain": job.record.chain}))
     else:
         _say(job, follow)
     if follow:
@@ -62,9 +65,19 @@ def submit(
         raise typer.Exit(follow_job(job.record, with_logs=True))
 
 
+def say_chain(record: JobRecord) -> None:
+    """Names all jobs of a chain, which somebody would otherwise look for in the queue, and cancel one by one."""
+    if record.chain:
+        typer.echo(
+            f"It is a chain of jobs, each to go on where the one before stops: {', '.join(record.job_ids)}. "
+            f"`hpc-gym cancel {record.name}` stops all."
+        )
+
+
 def _say(job: HpcgymJob, follow: bool) -> None:
     record = job.record
     typer.echo(f"Submitted job {record.job_id} ({record.nodes} nodes, {record.kind}).")
+    say_chain(record)
     typer.echo(f"Run directory: {record.run_dir}")
     if not follow:
         typer.echo(f"Next: hpc-gym status {record.name} --follow | hpc-gym logs {record.name} --follow")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from submitit.core.core import Executor
 from submitit.core.utils import DelayedSubmission
@@ -13,6 +13,9 @@ from submitit.core.utils import DelayedSubmission
 from hpc_gym.errors import UserError
 from hpc_gym.jobs.job import HpcgymJob
 from hpc_gym.jobs.submit import run, submit_prepared
+
+if TYPE_CHECKING:
+    from hpc_gym.jobs.request import Request
 
 
 class HpcgymExecutor(Executor):
@@ -61,7 +64,7 @@ class HpcgymExecutor(Executor):
         names = [request.plan.run_dir for request in requests]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UserError(f"several runs would be called the same: {', '.join(twice)}. Give each its own name=...")
-        return [submit_prepared(request) for request in requests]
+        return _submit_all(requests)
 
     def _overrides(self, delayed: DelayedSubmission) -> list[str]:
         if delayed.function is not run or delayed.kwargs:
@@ -72,3 +75,25 @@ class HpcgymExecutor(Executor):
         given: Sequence[str] = self.parameters.get("overrides") or ()
         own = [part for argument in delayed.args for part in shlex.split(str(argument))]
         return [f"cluster.runs_dir={self.folder}", *given, *own]
+
+
+def _submit_all(requests: Sequence[Request]) -> list[HpcgymJob]:
+    """Raises UserError, with the jobs that are submitted already, when one of them is refused."""
+    jobs: list[HpcgymJob] = []
+    for request in requests:
+        try:
+            jobs.append(submit_prepared(request))
+        except UserError as error:
+            if not jobs:
+                raise
+            raise UserError(f"{request.plan.name}: {error}\n{_left_behind(jobs, len(requests))}") from None
+    return jobs
+
+
+def _left_behind(jobs: Sequence[HpcgymJob], wanted: int) -> str:
+    """What is there of a sweep that was cut short, which nobody has been given the jobs of."""
+    lines = [f"{len(jobs)} of the {wanted} runs are submitted, and go on:"]
+    lines += [f"  job {', '.join(job.record.job_ids)}: {job.run_dir}" for job in jobs]
+    lines.append("To cancel them:")
+    lines += [f"  hpc-gym cancel {shlex.quote(str(job.run_dir))}" for job in jobs]
+    return "\n".join(lines)

@@ -69,7 +69,7 @@ def refuse_unknown(run_dir: Path, selection: Selection) -> None:
     """Raises UserError when a selection cannot match anything of this run, naming what there is."""
     if selection == Selection():
         return
-    from hpc_gym.plan.plan import Plan
+    from hpc_gym.jobs.records import read_plan
 
     everything = list(log_files(run_dir, Selection()))
     have: dict[str, list[str]] = {
@@ -77,7 +77,7 @@ def refuse_unknown(run_dir: Path, selection: Selection) -> None:
         "node": [file.node for file in everything],
         "process": [file.process for file in everything],
     }
-    for node in Plan.read(run_dir).nodes:
+    for node in read_plan(run_dir).nodes:
         have["node"].append(node.name)
         for process in node.processes:
             have["role"].append(process.role)

@@ -13,9 +13,12 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from hpc_gym.errors import UserError
+
+if TYPE_CHECKING:
+    from hpc_gym.plan.plan import Plan
 
 RECORD = "job.json"
 
@@ -90,15 +93,31 @@ class JobRecord:
             return cls._parse(file.read(), run_dir)
 
 
+def read_plan(run_dir: str | Path) -> Plan:
+    """The Plan of a run directory. Raises UserError when there is none, or when it is none of this hpc-gym."""
+    # Late: whoever lists a thousand runs wants no Plan.
+    from hpc_gym.plan.plan import Plan
+
+    try:
+        return Plan.read(run_dir)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        what = error.strerror if isinstance(error, OSError) else f"not a plan of this hpc-gym ({error})"
+        raise UserError(f"{run_dir} is no whole run directory any more: plan.json: {what}") from None
+
+
 def runs_folders() -> list[Path]:
     """The folders that hold run directories: of `HPC_GYM_RUNS` (separated by `:`), `runs` here, and every one that a
     job of this user was ever submitted to.
     """
-    folders = [Path(part) for part in os.environ.get("HPC_GYM_RUNS", "").split(os.pathsep) if part]
-    folders.append(Path("runs"))
+    folders = near_folders()
     with contextlib.suppress(OSError):
         folders += [Path(line) for line in _registry().read_text().splitlines() if line]
     return list(dict.fromkeys(folder.resolve() for folder in folders if folder.is_dir()))
+
+
+def near_folders() -> list[Path]:
+    """The folders that somebody here means first: of `HPC_GYM_RUNS`, and `runs`; whether or not they exist."""
+    return [*(Path(part) for part in os.environ.get("HPC_GYM_RUNS", "").split(os.pathsep) if part), Path("runs")]
 
 
 def remember_runs_folder(folder: Path) -> None:
@@ -153,8 +172,12 @@ def all_records(folders: Iterable[Path] | None = None) -> list[JobRecord]:
     return list(look(folders).records)
 
 
-def find(job: str = "latest") -> JobRecord:
-    """The record of the job that `job` names. Raises UserError, with the nearest names, when there is none."""
+def find(job: str = "latest", *, only: bool = False) -> JobRecord:
+    """The record of the job that `job` names. Raises UserError, with the nearest names, when there is none.
+
+    A run here comes before one of the same name elsewhere, and the newest before others. With `only`, for what cannot
+    be undone, a name that several have is refused.
+    """
     if os.sep in job or job in (".", ".."):
         try:
             return JobRecord.read(job)
@@ -163,12 +186,27 @@ def find(job: str = "latest") -> JobRecord:
         except ValueError as error:
             raise UserError(str(error)) from None
     records = all_records()
+    # squeue shows the components of a heterogeneous job as 12+0, 12+1.
+    job_id = job.partition("+")[0]
     for record in records:
-        if job == "latest" or job in (*record.job_ids, record.name):
+        if job == "latest" or job_id in record.job_ids:
             return record
+    if named := [record for record in records if record.name == job]:
+        return _meant(named, only)
     with contextlib.suppress(OSError, ValueError):
         return JobRecord.read(job)
     raise UserError(_unknown(job, records))
+
+
+def _meant(named: list[JobRecord], only: bool) -> JobRecord:
+    """Which of the runs of one name, newest first."""
+    if len(named) > 1:
+        near = {record.run_dir for record in all_records(near_folders())}
+        named = [record for record in named if record.run_dir in near] or named
+    if only and len(named) > 1:
+        folders = "\n".join(f"  {record.run_dir}" for record in named)
+        raise UserError(f"several runs are called '{named[0].name}'; say which by its run directory:\n{folders}")
+    return named[0]
 
 
 def _unknown(job: str, records: list[JobRecord]) -> str:

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hpc_gym.config.compose import compose
 from hpc_gym.config.validate import validate
 from hpc_gym.errors import UserError
-from hpc_gym.jobs import local, records, slurm
+from hpc_gym.jobs import local, records
 from hpc_gym.jobs.job import HpcgymJob
 from hpc_gym.jobs.request import Request
-from hpc_gym.jobs.state import CANCEL_MARK, has_ended, job_state, last_outcome
-from hpc_gym.jobs.submission import start, write_job, write_secrets
-from hpc_gym.jobs.submit import refuse_missing_runtimes
+from hpc_gym.jobs.state import CANCEL_MARK, is_over, job_state, last_outcome
+from hpc_gym.jobs.submission import SUBMISSION, start, write_job, write_secrets
+from hpc_gym.jobs.submit import refuse_missing_runtimes, submission_of
 from hpc_gym.plan.checks import ranks_per_node
 from hpc_gym.plan.plan import Plan
 from hpc_gym.plan.resolve import resolve
 from hpc_gym.plan.same_batch import BATCH_KEYS, possible_ranks, same_batch
 
 _OF_THE_JOB = ("experiment.yaml", "plan.json", "job.sh", records.RECORD)
+_READ_PLAN = "import sys; from hpc_gym.plan.plan import Plan; Plan.from_json(sys.stdin.read())"
 _OF_ITS_END = (CANCEL_MARK, "failure.json", "attempts/latest")
 _SAME_HOWEVER_LONG = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")
 """Values of `lr_scheduler_type` for which the learning rate of a step does not depend on `max_steps`."""
@@ -96,26 +99,31 @@ def prepare_resumption(job: str = "latest", overrides: Sequence[str] = ()) -> Re
     """What `resume` submits. With another number of training ranks, and no override of the batch, the batch of a rank
     is changed so that the step stays what it was.
     """
-    record = records.find(job)
+    record = records.find(job, only=True)
     run_dir = Path(record.run_dir)
     state = job_state(record)
-    # What ended hard is UNKNOWN once Slurm has forgotten it, where there is no accounting.
-    if not has_ended(state) and not (record.kind == "slurm" and state == "UNKNOWN" and not slurm.is_in_queue(record)):
+    if not is_over(record, state):
         raise UserError(f"job {record.job_id} is {state}: `hpc-gym cancel {record.name}` first")
-    before = Plan.read(run_dir)
+    before = records.read_plan(run_dir)
     adapted = _adapted(run_dir / "experiment.yaml", overrides, before)
-    changes = [*overrides, *(f"{key}={value}" for key, value in adapted.items())]
+    changes = [
+        *_where_it_lies(run_dir, before, overrides),
+        *overrides,
+        *(f"{key}={value}" for key, value in adapted.items()),
+    ]
     resolved = resolve(run_dir / "experiment.yaml", changes, runtimes=before.runtimes)
-    if Path(resolved.plan.run_dir) != run_dir:
+    plan = _of_the_same_wandb_run(resolved.plan, before)
+    if Path(plan.run_dir) != run_dir:
         raise UserError(f"a resumed run stays in {run_dir}: leave out overrides of name and cluster.runs_dir")
-    refuse_missing_runtimes(resolved.plan)
+    refuse_missing_runtimes(plan)
     saved = _last_checkpoint(run_dir)
     outcome = last_outcome(run_dir)
     if outcome is not None and outcome.kind == "completed":
-        _refuse_what_is_complete(record.name, before, resolved.plan, saved)
+        _refuse_what_is_complete(record.name, before, plan, saved)
     if saved is not None:
-        _refuse_what_was_not_saved(saved, before, resolved.plan)
-    request = Request(resolved.plan, record.experiment, resolved.experiment_yaml, record.cluster, tuple(changes))
+        _refuse_what_was_not_saved(saved, before, plan)
+    _refuse_what_its_code_cannot_read(plan)
+    request = Request(plan, record.experiment, resolved.experiment_yaml, record.cluster, tuple(changes))
     return Resumption(request, before, saved, adapted)
 
 
@@ -130,6 +138,10 @@ def submit_resumption(resumption: Resumption) -> HpcgymJob:
     with _put_back_on_error(run_dir):
         write_job(run_dir, request)
         write_secrets(run_dir / "secrets", request.plan)
+        if resumption.before.run_dir != request.plan.run_dir:
+            # What submitit runs on every node names the place where the run was.
+            submission_of(request.plan).dump(run_dir / SUBMISSION)
+            records.remember_runs_folder(run_dir.parent)
         for name in _OF_ITS_END:
             (run_dir / name).unlink(missing_ok=True)
         job_id = ""
@@ -167,10 +179,50 @@ def _adapted(experiment: Path, overrides: Sequence[str], before: Plan) -> dict[s
     return {f"grpo.{name}": value for name, value in found.items()}
 
 
+def _where_it_lies(run_dir: Path, before: Plan, overrides: Sequence[str]) -> list[str]:
+    """Of a run directory that was moved: the name and the place that it has now, where `overrides` do not say them."""
+    if Path(before.run_dir) == run_dir:
+        return []
+    given = {override.partition("=")[0].strip() for override in overrides}
+    name, place = json.dumps(run_dir.name), json.dumps(str(run_dir.parent))
+    found = [] if "name" in given else [f"name={name}"]
+    return found if given & {"cluster", "cluster.runs_dir"} else [*found, f"cluster.runs_dir={place}"]
+
+
+def _of_the_same_wandb_run(plan: Plan, before: Plan) -> Plan:
+    """`plan`, with the W&B run that the earlier jobs wrote to: a directory that was moved would be another."""
+    wandb, earlier = plan.training.wandb, before.training.wandb
+    if wandb is None or earlier is None or "run_id" not in earlier:
+        return plan
+    return replace(plan, training=replace(plan.training, wandb={**wandb, "run_id": earlier["run_id"]}))
+
+
+def _refuse_what_its_code_cannot_read(plan: Plan) -> None:
+    """Raises UserError when the code of the run, which may be of an older hpc-gym, does not know such a Plan: its job
+    would fail after the queue.
+    """
+    environment = {**os.environ, "PYTHONPATH": f"{plan.run_dir}/code", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [plan.python, "-c", _READ_PLAN],
+        input=plan.to_json(),
+        env=environment,
+        cwd=plan.run_dir,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise UserError(
+            f"the code of this run, {plan.run_dir}/code, cannot read the plan that this hpc-gym makes ({why}): resume "
+            "it with the hpc-gym that it was submitted with (manifest.json names it)"
+        )
+
+
 def _refuse_what_is_complete(name: str, before: Plan, after: Plan, saved: Saved | None) -> None:
     """Raises UserError when a complete run is not to become longer, or cannot."""
     steps = before.training.grpo["max_steps"]
-    elsewhere = f"submit an experiment with model.path={Path(before.run_dir) / 'model'}"
+    elsewhere = f"submit an experiment with model.path={Path(after.run_dir) / 'model'}"
     if after.training.grpo["max_steps"] <= steps:
         raise UserError(
             f"the run '{name}' is complete, with its {steps} steps: to go on, ask for more, as grpo.max_steps="
@@ -241,7 +293,7 @@ def _keep(run_dir: Path) -> None:
 @contextlib.contextmanager
 def _put_back_on_error(run_dir: Path) -> Iterator[None]:
     """A scheduler that refuses must not leave a run whose plan is not that of the job that it had."""
-    names = (*_OF_THE_JOB, *_OF_ITS_END)
+    names = (*_OF_THE_JOB, *_OF_ITS_END, SUBMISSION)
     links = {name: (run_dir / name).readlink() for name in names if (run_dir / name).is_symlink()}
     files = {name: (run_dir / name).read_bytes() for name in names if name not in links and (run_dir / name).exists()}
     try:

@@ -21,6 +21,8 @@ _MAY_TAKE_S = 60.0
 _ACCOUNTING_MAY_TAKE_S = 5.0
 """The same for sacct, which only adds what squeue has forgotten, and hangs when its database is away."""
 _FIRST_EVENTS = 1 << 16
+_WHICH_SLURM = ("SLURM_CLUSTERS", "SLURM_CONF", "SLURM_JWT")
+"""Variables that no allocation sets: which Slurm is spoken to, by every command alike, and as whom."""
 _LIVING = ("RUNNING", "PENDING", "REQUEUED")
 _REASONS = {
     "BeginTime": "Slurm holds a requeued job back for a while, or it asked for a later start",
@@ -43,14 +45,27 @@ def submit(run_dir: Path, after: str | None = None) -> str:
 
     `after`: the job that it goes on with; it starts when that one has not ended well, and vanishes when it has.
     """
-    # SBATCH_PARTITION and the like win over the script's directives: what is submitted is the script.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SBATCH_")}
     options = [f"--dependency=afternotok:{after}", "--kill-on-invalid-dep=yes"] if after else []
-    answer = ask(["sbatch", "--parsable", *options, str(run_dir / "job.sh")], environment)
+    answer = sbatch("--parsable", *options, str(run_dir / "job.sh"))
     job_id = answer.strip().splitlines()[-1].split(";")[0]
     if not job_id.isdigit():
         raise UserError(f"sbatch answered {answer.strip()!r} instead of a job id")
     return job_id
+
+
+def sbatch(*arguments: str, errors: bool = False) -> str:
+    """What sbatch answers, asked so that the script alone says what the job is; as `ask`.
+
+    SBATCH_PARTITION and the like win over a script's directives. The variables of the allocation that somebody submits
+    from (salloc, a notebook) reach the new job whatever --export says: its srun fails by a SLURM_MEM_PER_CPU beside its
+    own SLURM_MEM_PER_NODE.
+    """
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _WHICH_SLURM or not name.startswith(("SBATCH_", "SLURM_", "SLURMD_", "SRUN_"))
+    }
+    return ask(["sbatch", *arguments], environment, errors)
 
 
 @dataclass(frozen=True)

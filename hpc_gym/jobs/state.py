@@ -20,12 +20,22 @@ CANCEL_MARK = "cancelled"
 _OF_OUTCOME = {"completed": "COMPLETED", "failed": "FAILED", "cancelled": "CANCELLED"}
 _ENDED = frozenset(
     {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+    # A preempted job that is requeued waits again at once; the link of a chain, which is not, stays so.
+    | {"PREEMPTED", "REVOKED"}
 )
 
 
 def has_ended(state: str) -> bool:
     """Whether nothing more will come of a job in that state."""
     return state in _ENDED
+
+
+def is_over(record: JobRecord, state: str) -> bool:
+    """As `has_ended`, and of a job that ended hard and that Slurm has forgotten, where there is no accounting.
+
+    Raises UserError when the controller does not answer, for that is no sign of an end.
+    """
+    return has_ended(state) or (record.kind == "slurm" and state == "UNKNOWN" and not slurm.is_in_queue(record))
 
 
 def last_outcome(run_dir: str | Path) -> Outcome | None:

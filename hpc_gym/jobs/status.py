@@ -12,18 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpc_gym.errors import UserError
 from hpc_gym.jobs.earlier import AttemptEnd, EarlierAttempts
 from hpc_gym.jobs.json_lines import JsonLines
 from hpc_gym.jobs.progress import AttemptProgress, thinned_out
-from hpc_gym.jobs.records import JobRecord
+from hpc_gym.jobs.records import JobRecord, read_plan
 from hpc_gym.jobs.script_log import without_outcome
 from hpc_gym.jobs.slurm import Standing
 from hpc_gym.jobs.stages import Moment, Stage, stages_of
 from hpc_gym.jobs.state import has_ended, last_attempt
 from hpc_gym.jobs.state import standing as state_of
 from hpc_gym.jobs.steps import StepHistory, rewards
-from hpc_gym.plan.plan import Plan
 from hpc_gym.protocol.attempt import Outcome
 from hpc_gym.protocol.files import json_objects
 
@@ -94,7 +92,7 @@ class StatusReader:
 
     def __post_init__(self) -> None:
         self._run_dir = Path(self.record.run_dir)
-        self._plan = _plan(self._run_dir)
+        self._plan = read_plan(self._run_dir)
         self._metrics = JsonLines(self._run_dir / "metrics.jsonl")
         self._evaluations = JsonLines(self._run_dir / "evaluations.jsonl")
         self._events = JsonLines(self._run_dir)
@@ -185,14 +183,6 @@ class StatusReader:
 def read_status(record: JobRecord, standing: Standing | None = None) -> Status:
     """Where the job of `record` stands now."""
     return StatusReader(record).read(standing)
-
-
-def _plan(run_dir: Path) -> Plan:
-    try:
-        return Plan.read(run_dir)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        what = error.strerror if isinstance(error, OSError) else f"not a plan of this hpc-gym ({error})"
-        raise UserError(f"{run_dir} is no whole run directory any more: plan.json: {what}") from None
 
 
 def _number(value: object) -> float | None:

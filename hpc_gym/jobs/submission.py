@@ -26,6 +26,9 @@ from hpc_gym.jobs.snapshot import snapshot
 from hpc_gym.node.attempt import SUBMITTED
 from hpc_gym.plan.plan import Plan
 
+SUBMISSION = "submitit/submitted.pkl"
+"""In the run directory: what submitit runs on every node. Each job's own name for it is a link."""
+
 
 def submit_request(request: Request, dump: Callable[[Path], None]) -> JobRecord:
     """Makes the run directory and starts its job. `dump(path)` writes the submission that submitit runs on every node.
@@ -109,7 +112,7 @@ def _make_run_directory(request: Request, dump: Callable[[Path], None], job_id: 
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{run_dir.name}.", dir=run_dir.parent))
         _fill(staging, request)
-        dump(staging / "submitit" / "submitted.pkl")
+        dump(staging / SUBMISSION)
         if job_id:
             (staging / "submitit" / f"{job_id}_submitted.pkl").symlink_to("submitted.pkl")
         # mkdtemp makes it private; colleagues read each other's runs as the umask allows.

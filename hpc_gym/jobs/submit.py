@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from submitit.core.utils import DelayedSubmission
+
     from hpc_gym.jobs.job import HpcgymJob
     from hpc_gym.jobs.request import Request
     from hpc_gym.plan.plan import Plan
@@ -30,14 +32,19 @@ def submit_prepared(request: Request) -> HpcgymJob:
     """Submits what `prepare` gave. Raises UserError when it has no runtimes to run in."""
     refuse_missing_runtimes(request.plan)
     # Late, for they cost more than everything that a dry run imports.
-    from submitit.core.utils import DelayedSubmission
-
     from hpc_gym.jobs.job import HpcgymJob
     from hpc_gym.jobs.submission import submit_request
+
+    return HpcgymJob.of(submit_request(request, submission_of(request.plan).dump))
+
+
+def submission_of(plan: Plan) -> DelayedSubmission:
+    """What submitit runs on every node of a job."""
+    from submitit.core.utils import DelayedSubmission
+
     from hpc_gym.node.supervisor import supervise
 
-    submission = DelayedSubmission(supervise, request.plan.run_dir)
-    return HpcgymJob.of(submit_request(request, submission.dump))
+    return DelayedSubmission(supervise, plan.run_dir)
 
 
 def refuse_missing_runtimes(plan: Plan) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from job_plans import plan, task
 from small_project import Project
 
 from hpc_gym.cli.main import COMMANDS
+from hpc_gym.cli.submit import _say
+from hpc_gym.jobs.job import HpcgymJob
 from hpc_gym.jobs.records import JobRecord, ProcessIdentity
 from hpc_gym.protocol.log_lines import stamp
 
@@ -89,6 +92,8 @@ def test_every_command_has_help_with_examples(name: str, environment: dict[str, 
         (["logs", "past", "--errors", "--follow"], "choose one"),
         (["cancel", "nowhere"], "no job 'nowhere'"),
         (["status", "--nonsense"], "No such option"),
+        (["submit", "demo", "--json", "--follow"], "choose one"),
+        (["resume", "past", "--json", "--follow"], "choose one"),
     ],
 )
 def test_wrong_requests_get_a_sentence_and_exit_code_2(
@@ -156,12 +161,29 @@ def test_ctrl_c_is_quiet_and_exits_with_130(environment: dict[str, str], run_dir
         ("hpc-gym status pa", "past"),
         ("hpc-gym submit five", "five-node"),
         ("hpc-gym submit demo --cluster loc", "local"),
+        ("hpc-gym submit {folder}/mi", "{folder}/mine.yaml"),
+        ("hpc-gym submit {folder}/o", "{folder}/other.yml"),
+        ("hpc-gym submit {folder}/fol", "{folder}/folder/"),
+        ("hpc-gym submit demo --cluster {folder}/mi", "{folder}/mine.yaml"),
+        ("hpc-gym submit ./[", "./[1].yaml"),
+        ("hpc-gym submit a**b", None),
     ],
 )
-def test_names_are_completed(words: str, offered: str, environment: dict[str, str], run_dir: Path) -> None:
+def test_names_are_completed(
+    words: str, offered: str | None, environment: dict[str, str], run_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    for name in ("mine.yaml", "other.yml", "[1].yaml", "mine.txt"):
+        (tmp_path / name).touch()
+    words = words.format(folder=tmp_path)
     asked = {"_HPC_GYM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
-    told = hpc_gym(environment | asked)
-    assert offered in told.stdout.split()
+    told = hpc_gym(environment | asked, cwd=tmp_path)
+    assert "Traceback" not in told.stderr
+    if offered is None:
+        assert told.stdout.split() == []
+    else:
+        assert offered.format(folder=tmp_path) in told.stdout.split()
+    assert f"{tmp_path}/mine.txt" not in told.stdout.split()
 
 
 def test_runs_whose_record_cannot_be_read_are_named_beside_the_list(
@@ -207,3 +229,30 @@ def test_help_fits_a_terminal_of_eighty_columns(command: str, environment: dict[
         **{"capture_output": True, "text": True, "env": {**environment, "COLUMNS": "80"}},
     )
     assert [line for line in done.stdout.splitlines() if len(line) > 80] == []
+
+
+@pytest.mark.parametrize("text", ['{"version": 2}', '{"version": 1, "of_tomorrow": 3}', "[]", "{"])
+@pytest.mark.parametrize("arguments", ["status past", "logs past --role train", "logs past --node 0", "resume past"])
+def test_a_plan_of_another_version_is_a_sentence(
+    arguments: str, text: str, environment: dict[str, str], run_dir: Path
+) -> None:
+    (run_dir / "plan.json").write_text(text)
+    told = hpc_gym(environment, *arguments.split())
+    assert (told.returncode, told.stdout, len(told.stderr.splitlines())) == (2, "", 1)
+    assert "is no whole run directory any more: plan.json: not a plan of this hpc-gym" in told.stderr
+
+
+def test_the_root_help_gives_a_job_to_the_commands_that_want_one(environment: dict[str, str]) -> None:
+    told = hpc_gym(environment, "--help").stdout
+    assert "hpc-gym cancel JOB | resume JOB " in told
+    assert hpc_gym(environment, "cancel").returncode == hpc_gym(environment, "resume").returncode == 2
+
+
+def test_of_a_chain_every_job_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chain = JobRecord("7", "slurm", "long", str(tmp_path), "demo", "x", 3, 0.0, chain=("8", "9"))
+    _say(HpcgymJob.of(chain), follow=False)
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert first == "Submitted job 7 (3 nodes, slurm)."
+    assert "7, 8, 9. `hpc-gym cancel long` stops all." in second
+    _say(HpcgymJob.of(replace(chain, chain=())), follow=False)
+    assert "stops all" not in capsys.readouterr().out

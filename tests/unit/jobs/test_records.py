@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc_gym.cli.main import run
 from hpc_gym.errors import UserError
 from hpc_gym.jobs import local, records
 from hpc_gym.jobs.records import JobRecord, ProcessIdentity
@@ -50,14 +51,46 @@ def test_record_reads_what_it_writes_also_from_a_copied_directory(runs: Path) ->
     assert JobRecord.read(runs / "moved") == replace(record, run_dir=str(runs / "moved"))
 
 
-def test_newest_run_comes_first_and_has_the_name_when_two_share_it(runs: Path, tmp_path: Path) -> None:
-    make(runs, "twice", submitted=1.0)
-    later = make(tmp_path / "elsewhere", "twice", submitted=2.0)
+def test_newest_run_comes_first_and_one_here_has_the_name_when_two_share_it(runs: Path, tmp_path: Path) -> None:
+    here = make(runs, "twice", submitted=1.0)
+    later = make(tmp_path / "elsewhere", "twice", submitted=2.0, job_id="local-later")
     records.remember_runs_folder(tmp_path / "elsewhere")
     records.remember_runs_folder(tmp_path / "elsewhere")
     assert [record.submitted for record in records.all_records()] == [2.0, 1.0]
-    assert records.find("twice") == later
-    assert records.find("latest") == later
+    assert records.find("twice") == records.find("twice", only=True) == here
+    assert records.find("latest") == records.find("local-later") == later
+
+
+def test_a_name_that_several_runs_elsewhere_have_is_refused_for_what_cannot_be_undone(tmp_path: Path) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for moment, folder in enumerate(folders):
+        make(folder, "rev", submitted=float(moment), job_id=f"{moment}")
+        records.remember_runs_folder(folder)
+    assert records.find("rev").run_dir == str(tmp_path / "two" / "rev")
+    with pytest.raises(UserError, match="several runs are called 'rev'") as caught:
+        records.find("rev", only=True)
+    assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [
+        str(folder / "rev") for folder in reversed(folders)
+    ]
+    assert records.find(str(tmp_path / "one" / "rev"), only=True).job_id == "0"
+
+
+@pytest.mark.parametrize("command", ["cancel", "resume"])
+def test_the_commands_that_cannot_be_undone_want_one_run(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "two"):
+        make(tmp_path / name, "rev", process=replace(me(), started=1))
+        records.remember_runs_folder(tmp_path / name)
+    assert run([command, "rev"]) == 2
+    assert "several runs are called 'rev'" in capsys.readouterr().err
+
+
+def test_a_component_of_a_heterogeneous_job_names_the_job(runs: Path) -> None:
+    record = make(runs, "het", job_id="4242", chain=("4243",))
+    assert records.find("4242+0") == records.find("4243+1") == record
+    with pytest.raises(UserError, match="no job '42\\+0'"):
+        records.find("42+0")
 
 
 def test_what_is_no_run_is_passed_over(runs: Path) -> None:

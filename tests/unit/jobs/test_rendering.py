@@ -20,6 +20,7 @@ COMPONENTS = ({"nodes": 1, "constraint": "a100&nvlink"}, {"nodes": 2, "exclusive
 def launches() -> dict[str, Launch]:
     return {
         "local": Launch(kind="local", setup=("umask 027",)),
+        "setup": Launch(kind="slurm", setup=("module load x", "umask 027")),
         "plain": Launch(kind="slurm", options={"partition": "gpu", "time": "24:00:00", "comment": NASTY}),
         "het": Launch(kind="slurm", options={"partition": "gpu", "qos": None}, components=COMPONENTS),
     }
@@ -58,6 +59,18 @@ def test_values_reach_the_shell_as_they_are(tmp_path: Path) -> None:
     told = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stderr
     assert told.startswith(f"{folder}/code|{folder}|-m|hpc_gym.node.attempt|{folder}|")
     assert told.endswith(f"-m|hpc_gym.node.local_nodes|{folder}|")
+
+
+@pytest.mark.parametrize("kind", ["local", "slurm"])
+def test_setup_lines_may_read_what_is_not_set_and_nothing_else_may(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "profile").write_text('[ -z "$PS1_OF_NOBODY" ] && export FROM_PROFILE=yes\n')
+    setup = (f"source {tmp_path}/profile", 'echo "$FROM_PROFILE and ${CONDA_OF_NOBODY}" >&2')
+    script = render(planned(tmp_path, Launch(kind=kind, setup=setup)))  # type: ignore[arg-type]
+    begin = script.partition("cd -- ")[0] + 'echo "$NOBODY_EITHER"\necho never'
+    done = subprocess.run(["bash", "-c", begin], capture_output=True, text=True)
+    assert "yes and \n" in done.stderr
+    assert "NOBODY_EITHER: unbound variable" in done.stderr
+    assert (done.returncode, done.stdout) == (1, "")
 
 
 def test_line_breaks_and_strange_option_names_are_refused(tmp_path: Path) -> None:

@@ -9,10 +9,16 @@ from pathlib import Path
 import pytest
 import yaml
 from small_project import Project
+from submitit.core.utils import DelayedSubmission
 
 from hpc_gym.errors import UserError
+from hpc_gym.jobs import resume
 from hpc_gym.jobs.records import JobRecord, ProcessIdentity
+from hpc_gym.jobs.request import Request
 from hpc_gym.jobs.resume import Resumption, prepare_resumption
+from hpc_gym.jobs.submission import SUBMISSION
+from hpc_gym.jobs.submit import submission_of
+from hpc_gym.plan.plan import Plan
 from hpc_gym.plan.resolve import resolve
 from hpc_gym.protocol.attempt import Outcome
 from hpc_gym.runtimes.spec import MARKER, default_names, spec_of
@@ -143,6 +149,55 @@ def test_an_optimizer_on_nvme_stays_with_its_ranks(project: Project) -> None:
     assert ended.resumed().adapted == {}
     says = ended.refused("nodes.train=4")
     assert "written by 2 training ranks, this job would have 4: with deepspeed.zero_optimization.offload_opt" in says
+
+
+def test_a_plan_that_the_code_of_the_run_does_not_know_is_refused(ended: Ended) -> None:
+    package = ended.run_dir / "code" / "hpc_gym" / "plan"
+    package.mkdir(parents=True)
+    for folder in (package.parent, package):
+        (folder / "__init__.py").touch()
+    (package / "plan.py").write_text(
+        "class Plan:\n    @classmethod\n    def from_json(cls, text):\n        raise TypeError('what is training?')\n"
+    )
+    before = {path: path.stat().st_mtime_ns for path in ended.run_dir.rglob("*")}
+    says = ended.refused()
+    assert says.startswith(f"the code of this run, {ended.run_dir}/code, cannot read the plan that this hpc-gym makes")
+    assert "(TypeError: what is training?)" in says
+    assert {path: path.stat().st_mtime_ns for path in ended.run_dir.rglob("*")} == before
+
+
+def test_a_run_directory_that_was_moved_goes_on_where_it_lies_and_in_its_wandb_run(project: Project) -> None:
+    ended = Ended(project, "tracking.wandb={project: p}").saved(step=4, draws=12)
+    before = Plan.read(ended.run_dir)
+    assert before.training.wandb and ended.resumed().request.plan.training.wandb == before.training.wandb
+    place = project.folder / "another place"
+    place.mkdir()
+    ended.run_dir = ended.run_dir.rename(place / "moved")
+    for overrides in ((), ("grpo.max_steps=20",), ("name=moved",), (f"cluster.runs_dir={json.dumps(str(place))}",)):
+        plan = ended.resumed(*overrides).request.plan
+        assert (plan.run_dir, plan.name) == (str(place / "moved"), "moved")
+        assert plan.training.wandb and plan.training.wandb["run_id"] == before.training.wandb["run_id"]
+    assert f"a resumed run stays in {place / 'moved'}" in ended.refused("name=another")
+
+
+def test_what_runs_on_the_nodes_of_a_moved_run_is_told_where_it_lies(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = Ended(project)
+    (ended.run_dir / "submitit").mkdir()
+    submission_of(Plan.read(ended.run_dir)).dump(ended.run_dir / SUBMISSION)
+    ended.run_dir = ended.run_dir.rename(project.folder / "moved")
+    monkeypatch.setenv("XDG_STATE_HOME", str(project.folder / "state"))
+
+    def refuse(request: Request, job_id: str) -> JobRecord:
+        assert DelayedSubmission.load(ended.run_dir / SUBMISSION).args == (str(ended.run_dir),)
+        raise UserError("the scheduler refuses")
+
+    monkeypatch.setattr(resume, "start", refuse)
+    files = {path: path.read_bytes() for path in ended.run_dir.rglob("*.*") if path.is_file()}
+    with pytest.raises(UserError, match="the scheduler refuses"):
+        resume.submit_resumption(ended.resumed())
+    assert {path: path.read_bytes() for path in files} == files
 
 
 def completed(ended: Ended) -> Ended:

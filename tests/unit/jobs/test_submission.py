@@ -17,8 +17,11 @@ from small_project import Project
 
 import hpc_gym
 from hpc_gym.errors import UserError
+from hpc_gym.jobs import executor as executor_module
 from hpc_gym.jobs import local, submission
 from hpc_gym.jobs.executor import HpcgymExecutor
+from hpc_gym.jobs.job import HpcgymJob
+from hpc_gym.jobs.records import JobRecord
 from hpc_gym.jobs.request import Request
 from hpc_gym.jobs.snapshot import snapshot
 from hpc_gym.jobs.submission import submit_request
@@ -75,6 +78,34 @@ def test_executor_submits_runs_of_an_experiment_as_a_sweep(
     finally:
         for job in jobs:
             local.kill(job.record)
+
+
+def test_of_a_sweep_that_is_cut_short_the_runs_that_go_on_are_named(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def submit_prepared(request: Request) -> HpcgymJob:
+        if request.plan.name == "c":
+            raise UserError("Slurm refuses the job: too many")
+        chain = ("9",) if request.plan.name == "b" else ()
+        return HpcgymJob.of(JobRecord("7", "slurm", "x", request.plan.run_dir, "", "", 1, 0.0, chain=chain))
+
+    monkeypatch.setattr(executor_module, "submit_prepared", submit_prepared)
+    executor = submitit.AutoExecutor(folder=tmp_path / "sweep", cluster="hpcgym")
+    executor.update_parameters(hpcgym_experiment=str(project.write()))
+    with pytest.raises(UserError) as caught:
+        executor.map_array(hpc_gym.run, [f"name={name}" for name in "abcd"])
+    sweep = tmp_path / "sweep"
+    assert str(caught.value).splitlines() == [
+        "c: Slurm refuses the job: too many",
+        "2 of the 4 runs are submitted, and go on:",
+        f"  job 7: {sweep}/a",
+        f"  job 7, 9: {sweep}/b",
+        "To cancel them:",
+        f"  hpc-gym cancel {sweep}/a",
+        f"  hpc-gym cancel {sweep}/b",
+    ]
+    with pytest.raises(UserError, match=r"^Slurm refuses the job: too many$"):
+        executor.submit(hpc_gym.run, "name=c")
 
 
 def test_a_local_job_without_its_runtimes_is_refused_and_nothing_is_made(
