@@ -28,6 +28,8 @@ _WANDB_WRITES_S = 0.5
 """How long W&B may keep what it was given out of its file. Its own 15 s lost steps that were in a checkpoint, and so
 never came again, when a rank was killed.
 """
+_ON_ITS_WAY_S = 0.05
+"""From this process to W&B's service."""
 WANDB_WRITES_EVERY_S = 60.0
 """Its service writes every 15 s; it loses no more than this when it dies."""
 WANDB_RESTARTS = 3
@@ -82,6 +84,13 @@ class Recorder:
         """Whether an earlier attempt has done that evaluation."""
         records = read_lines(self._run_dir / EVALUATIONS)
         return any(record.get("step") == step and record.get("when") == when for record in records)
+
+    def flush(self) -> None:
+        """Returns when what was recorded outlives this process. A checkpoint must not have a step whose row may still
+        be lost, for it does not come again.
+        """
+        if self._wandb is not None:
+            self._wandb.flush()
 
     def close(self, exit_code: int) -> None:
         if self._wandb is not None:
@@ -166,6 +175,14 @@ class WandbRun:
             except Exception as again:
                 self._run, error = None, again
         print(f"W&B is given up ({error!r}): from here on the metrics are in {METRICS} only", flush=True)
+
+    def flush(self) -> None:
+        """Returns when W&B's service has written what it was given, or is late."""
+        if self._run is None or not self._unwritten:
+            return
+        given, end = self._unwritten[-1][0], time.monotonic() + 2 * _WANDB_WRITES_S
+        while self._written() < given + _ON_ITS_WAY_S and time.monotonic() < end:
+            time.sleep(0.02)
 
     def _written(self) -> float:
         """The moment up to which its service has written what it got."""

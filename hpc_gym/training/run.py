@@ -81,6 +81,7 @@ class TrainingRun:
             resumed=self._resumed,
             prompts_per_step=training.prompts_per_step,
             on_policy_tolerance=training.on_policy_tolerance,
+            flush_metrics=self._flush_metrics,
         )
         self._steps.trainer = self._trainer
         self._trainer.use_policy_weights(self._weights)
@@ -112,6 +113,10 @@ class TrainingRun:
         """Ends what outlives the process otherwise."""
         if self._recorder is not None:
             self._recorder.close(exit_code)
+
+    def _flush_metrics(self) -> None:
+        if self._recorder is not None:
+            self._recorder.flush()
 
     def _policy(self) -> Any:
         return self._trainer.accelerator.unwrap_model(self._trainer.model_wrapped)

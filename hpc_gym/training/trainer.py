@@ -6,6 +6,7 @@ import logging
 import math
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +66,10 @@ class PolicyTrainer(GRPOTrainer):
         resumed: Checkpoint | None,
         prompts_per_step: int,
         on_policy_tolerance: float,
+        flush_metrics: Callable[[], None],
         **keywords: Any,
     ) -> None:
+        """`flush_metrics` returns when the metrics of the steps so far cannot be lost any more."""
         super().__init__(*arguments, **keywords)
         self.remove_callback(PrinterCallback)  # StepCallback says it, in one line
         self.pad_token_id: int = self._tokenizer.pad_token_id
@@ -77,6 +80,7 @@ class PolicyTrainer(GRPOTrainer):
         self._resumed = resumed
         self._prompts_per_step = prompts_per_step
         self._on_policy_tolerance = on_policy_tolerance
+        self._flush_metrics = flush_metrics
 
     def use_policy_weights(self, weights: PolicyWeights) -> None:
         """Lets TRL push weights before each generation and correct for the sampler's own probabilities.
@@ -161,6 +165,7 @@ class PolicyTrainer(GRPOTrainer):
                 self._checkpoints.make_durable(step, self._ranks.rank)
                 self._ranks.barrier()
                 if self._ranks.is_first:
+                    self._flush_metrics()
                     draws, seconds = step * self._prompts_per_step, time.monotonic() - began
                     self._checkpoints.mark_complete(step, self._ranks.world_size, draws, seconds)
                     self._checkpoints.prune()

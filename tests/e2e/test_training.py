@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 from training_plans import ROWS as ROWS_PER_ENVIRONMENT
 from training_plans import copy_of, jsonl, on_other_ranks, run_directory
-from training_processes import json_lines, run_program, start_ranks, wait_ranks
+from training_processes import json_lines, run_program, runtime_python, start_ranks, wait_ranks
 
 pytestmark = pytest.mark.e2e
 
@@ -190,6 +191,24 @@ def test_a_stop_in_an_evaluation_loses_no_step(model: Path, tmp_path: Path) -> N
     assert [(line["attempt"], line["step"]) for line in jsonl(run / "metrics.jsonl")] == [(1, 1), (1, 2), (2, 3)]
     evaluated = [(line["attempt"], line["when"], line["step"]) for line in jsonl(run / "evaluations.jsonl")]
     assert evaluated == [(1, "before", 0), (2, "step", 2), (2, "after", 3)]
+
+
+def test_what_a_checkpoint_has_is_at_wandb_whatever_is_killed_then(model: Path, tmp_path: Path) -> None:
+    wandb = {"project": "tests", "mode": "offline", "run_id": "killed"}
+    run = run_directory(tmp_path / "run", model, steps=STEPS, checkpoint_every=2, wandb=wandb)
+    ranks = begin(run, 1)
+    end = time.monotonic() + 120
+    while not (run / "checkpoints" / "checkpoint-4" / "complete.json").exists():
+        assert time.monotonic() < end and all(rank.poll() is None for rank in ranks)
+        time.sleep(0.005)
+    for rank in ranks:
+        os.killpg(rank.pid, signal.SIGKILL)
+        rank.wait()
+    files = [str(path) for path in run.glob("wandb/offline-run-*/*.wandb")]
+    program = Path(__file__).parents[1] / "slurm" / "wandb_rows.py"
+    told = subprocess.run([str(runtime_python("train-cpu")), str(program), *files], capture_output=True, text=True)
+    steps = [line["step"] for line in json_lines(told.stdout) if "train/loss" in line]
+    assert steps[:4] == [1, 2, 3, 4]
 
 
 def rows_of_steps(run: Path, ranks: int) -> dict[int, list[int]]:
