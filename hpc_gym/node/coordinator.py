@@ -299,12 +299,13 @@ class Coordinator:
 
     def _checkpoint(self, reason: str, within_s: float | None = None) -> None:
         """Orders tasks to save and stop within `within_s`; by default, within what Slurm's notice of a time limit
-        leaves.
+        leaves. Once they were told, only `within_s` counts: there may be less time than it seemed.
         """
-        if self._verdict.checkpoint:
+        if not self._verdict.checkpoint:
+            self._verdict.checkpoint = reason
+            self._peers.order({"type": "checkpoint"})
+        elif within_s is None:
             return
-        self._verdict.checkpoint = reason
-        self._peers.order({"type": "checkpoint"})
         supervision = self._plan.supervision
         if within_s is None:
             within_s = supervision.time_limit_margin_s - supervision.stop_within_s

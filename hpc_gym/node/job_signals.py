@@ -16,6 +16,7 @@ from hpc_gym.protocol.attempt import Failure
 JOB_SCRIPT = "job script"
 """Stands for a process where the script of the job itself was killed."""
 _ASK_SLURM_FOR_S = 1.0
+_ONE_SIGNAL_S = 5.0
 
 
 class JobSignals:
@@ -38,12 +39,15 @@ class JobSignals:
         self._save = save
         self._changed = changed
         self._asking: asyncio.Task[None] | None = None
+        self._asked = 0.0
 
     def take(self, signal: str) -> None:
         if signal == "SIGUSR2":
             self._save(f"the job received {signal}: its time limit is near", None)
         elif signal == "SIGTERM" and self._plan.launch.kind == "slurm":
-            if self._asking is None:
+            # It comes to all nodes at once; and again at the end of a preemption's grace, after which Slurm kills.
+            if self._asking is None or (self._asking.done() and time.monotonic() - self._asked > _ONE_SIGNAL_S):
+                self._asked = time.monotonic()
                 self._asking = asyncio.create_task(self._ask_slurm(), name="why SIGTERM")
         elif not self._verdict.cancelled:
             self._verdict.cancelled = f"the job received {signal}"

@@ -132,3 +132,35 @@ def test_a_server_that_lives_but_does_not_answer_is_started_again_or_ends_the_jo
     assert run.job.state == "FAILED"
     assert "role rollout, node rollout-0, process server failed: hung: no good answer" in run.output().splitlines()[-1]
     assert run.left() == {}
+
+
+SAVES_TOO_SLOWLY = """
+import os, signal, sys, time
+from hpc_gym.protocol.notify import notify
+if os.environ['HPC_GYM_ATTEMPT'] != '1': sys.exit(0)
+def save(*_):
+    notify(X_SAVING=1)
+    time.sleep(120)
+signal.signal(signal.SIGUSR2, save)
+while True: time.sleep(0.1)
+"""
+
+
+def test_a_save_that_outlasts_the_grace_of_a_preemption_is_given_up_before_slurm_kills(submit: Submit) -> None:
+    run = submit(
+        [service("server", FOREVER)],
+        [task("rank-0", SAVES_TOO_SLOWLY)],
+        options={"partition": "preempt"},
+        time_limit_margin_s=100.0,
+    )
+    run.all_started()
+    folders = run.private_dirs()
+    run.cluster.slurm("sbatch", "-pgpu", "-N5", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 2")
+    asked = run.until(lambda: run.events("saving", attempt=1))[0]["time"]
+    outcome = outcome_of(run)
+    grace, kill_wait = run.cluster.settings().grace, run.cluster.settings().kill_wait
+    within = grace + kill_wait
+    run.figure(f"preempted with {grace} s of grace, a save takes longer: has stopped", outcome["time"] - asked, within)
+    assert outcome["kind"] == "requeue"
+    resumed(run, "the same", outcome["time"])
+    assert not [folder for folder in folders.values() if folder.exists()]
