@@ -1,8 +1,10 @@
 """`hpc-gym logs` against `tail`: reading 64 log files to the end, following them as they grow, and the memory for it.
 
     python benchmarks/logs.py [--mb-per-file 8]
+    python benchmarks/logs.py --memory-of 10
 
-Prints one table, side by side from one run, and appends it to benchmarks/RESULTS.md.
+Prints one table, side by side from one run, and appends it to benchmarks/RESULTS.md. The second form only asks for the
+memory, with so many gigabytes of logs and with a tenth of them, which it writes below the folder for temporary files.
 """
 
 from __future__ import annotations
@@ -97,10 +99,35 @@ def lag(command: list[str], paths: list[Path], writes: int = 100) -> list[float]
     return sorted(came.get(name, float("inf")) - wrote[name] for name in names)
 
 
+TRACEBACK = (b"Traceback (most recent call last):", b'  File "step.py", line 7, in step', b"ValueError: the cause")
+
+
+def measure_memory(gigabytes: float) -> None:
+    """Records the peak memory of reading that much, and a tenth of it. One log of the 64 ends with a traceback."""
+    commands = {"hpc-gym logs": [], "hpc-gym logs --errors": ["--errors"]}
+    peaks: dict[str, list[float]] = {name: [] for name in commands}
+    with Path(os.devnull).open("wb") as sink:
+        for size in (gigabytes / 10, gigabytes):
+            with tempfile.TemporaryDirectory() as parent:
+                paths = make_run(Path(parent) / "run", size * 1000 / FILES)
+                with paths[17].open("ab") as log:
+                    log.writelines(stamp(START + 10**7) + line + b"\n" for line in TRACEBACK)
+                for name, options in commands.items():
+                    command = [sys.executable, "-m", "hpc_gym.cli.main", "logs", str(Path(parent) / "run"), *options]
+                    peaks[name].append(once(command, sink.fileno())[2])
+    lines = [f"{FILES} files. Peak memory.", "", f"| | {gigabytes / 10:g} GB | {gigabytes:g} GB |", "|---|---|---|"]
+    lines += [f"| `{name}` | {small:.0f} MiB | {large:.0f} MiB |" for name, (small, large) in peaks.items()]
+    record("Memory for logs", "\n".join(lines))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mb-per-file", type=float, default=4)
+    parser.add_argument("--memory-of", type=float, metavar="GB")
     arguments = parser.parse_args()
+    if arguments.memory_of:
+        measure_memory(arguments.memory_of)
+        return
     ours = [sys.executable, "-m", "hpc_gym.cli.main", "logs"]
     with tempfile.TemporaryDirectory() as parent, Path(os.devnull).open("wb") as sink:
         small, large = Path(parent) / "small", Path(parent) / "large"

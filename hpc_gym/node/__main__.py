@@ -14,6 +14,7 @@ from pathlib import Path
 from hpc_gym.node import tree
 from hpc_gym.node.context import NodeContext
 from hpc_gym.node.guardian import UNFIT
+from hpc_gym.node.left_behind import hold
 from hpc_gym.node.node_runner import NodeRunner
 from hpc_gym.protocol.attempt import Outcome
 
@@ -30,6 +31,7 @@ def main() -> int:
     context = NodeContext.from_environment(Path(sys.argv[1]))
     try:
         context.make_private_dir()
+        hold(context.private_dir)
     except OSError as error:
         print(f"{context.private_dir}: {error.strerror}", flush=True)
         return UNFIT

@@ -26,8 +26,8 @@ from hpc_gym.node.causes import cause_from_log
 from hpc_gym.node.channel import Message, Refused, connect
 from hpc_gym.node.context import NodeContext, host_name
 from hpc_gym.node.coordinator import DECIDED, failure_message
+from hpc_gym.node.left_behind import SHARED_MEMORY_RECORD, hold, remove_left_behind
 from hpc_gym.node.log_pump import LogPump
-from hpc_gym.node.node_runner import SHARED_MEMORY_RECORD
 from hpc_gym.node.signals import STOP_SIGNALS, forwarded, start_blocked
 from hpc_gym.protocol.attempt import Failure, Outcome
 
@@ -48,6 +48,8 @@ def guard(run_dir: Path) -> Outcome:
     tree.become_subreaper()
     context = NodeContext.from_environment(run_dir)
     log = context.log(context.node.role, "supervisor")
+    for directory in remove_left_behind(context.private_dir.parent):
+        print(f"{context.node.name}: removed what a dead job left: {directory}", flush=True)
     since, before = time.time(), shared_memory.names()
     try:
         code, stopped = _run_supervisor(context, log)
@@ -123,7 +125,7 @@ def _run_supervisor(context: NodeContext, log: Path) -> tuple[int, float]:
             child.send_signal(number)
         supervision = context.plan.supervision
         allowed = supervision.node_silent_s - supervision.heartbeat_s - _BEFORE_SILENT_S
-        watch = _StoppedWatch(child.pid, max(1.0, allowed))
+        watch = _StoppedWatch(child.pid, max(1.0, allowed), context.private_dir)
         code = child.wait()
     stream.ended.wait(0.5)
     pump.close()
@@ -135,20 +137,26 @@ class _StoppedWatch:
     where it is the coordinator's, nobody could end the job.
     """
 
-    def __init__(self, pid: int, allowed_s: float) -> None:
+    def __init__(self, pid: int, allowed_s: float, private_dir: Path) -> None:
+        """`private_dir` is held meanwhile, once the supervisor has made it: see `hpc_gym.node.left_behind`."""
         self.stopped_s = 0.0
         """How long it had been stopped when it was killed for that."""
         self._pid = pid
         self._allowed_s = allowed_s
+        self._private_dir = private_dir
         threading.Thread(target=self._run, name="stopped", daemon=True).start()
 
     def _run(self) -> None:
-        stopped, looked = 0.0, time.monotonic()
+        stopped, looked, held = 0.0, time.monotonic(), False
         while (proc := tree.process(self._pid)) is not None and proc.parent == os.getpid() and not proc.zombie:
             time.sleep(_LOOK_EVERY_S)
             # Where Slurm suspends the whole job, this process was stopped too: only the time that it saw counts.
             seen, looked = min(time.monotonic() - looked, 2 * _LOOK_EVERY_S), time.monotonic()
             stopped = stopped + seen if proc.stopped else 0.0
+            if not held:
+                with contextlib.suppress(OSError):
+                    hold(self._private_dir)
+                    held = True
             if stopped > self._allowed_s:
                 self.stopped_s = stopped
                 tree.send([proc], signal.SIGKILL)

@@ -17,6 +17,7 @@ from hpc_gym.node.commands import command
 from hpc_gym.node.context import NodeContext, host_name
 from hpc_gym.node.coordinator import Coordinator, failure_message
 from hpc_gym.node.endpoints import Endpoints
+from hpc_gym.node.left_behind import SHARED_MEMORY_RECORD
 from hpc_gym.node.link import Link
 from hpc_gym.node.log_pump import LogPump
 from hpc_gym.node.placeholders import wanted_endpoints
@@ -29,8 +30,6 @@ from hpc_gym.node.stall import keep_evidence
 from hpc_gym.plan.plan import Process
 from hpc_gym.protocol.attempt import STOPPED_AT_CHECKPOINT, Failure, Outcome
 
-SHARED_MEMORY_RECORD = "shared_memory"
-"""File in the private directory."""
 _LOOK_EVERY_S = 1.0
 _CHECKS_MAY_TAKE_S = 30.0
 """nvidia-smi may hang where it cannot even be killed."""

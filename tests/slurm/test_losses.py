@@ -153,3 +153,18 @@ def test_the_exception_is_the_first_cause_and_not_that_of_the_lowest_rank(
     assert "role train, node train-1, process rank-1 exited with code 1: ValueError: the true cause" in str(error)
     with pytest.raises(FailedJobError, match="the true cause"):
         run.job.result()
+
+
+def test_what_a_crashed_node_kept_is_removed_by_the_next_job_there(submit: Submit, slurm_cluster: Cluster) -> None:
+    run = submit([service("server", FOREVER)], [task("rank-0", GOES_ON)])
+    run.all_started()
+    host, folder, crashed = run.host("train-0"), run.private_dirs()["train-0"], time.time()
+    slurm_cluster.crash(host)
+    resumed(run, "another node crashes", crashed, within=90)
+    slurm_cluster.up()
+    assert folder.exists()
+    after = submit([task("rank-0", "pass")], options={"nodelist": host})
+    after.freed(run.patience)
+    assert not folder.exists()
+    said = (after.run_dir / "submitit" / f"{after.id}_0_log.out").read_text()
+    assert "train-0: removed what a dead job left: /tmp/hg-" in said
