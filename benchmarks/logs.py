@@ -43,7 +43,9 @@ def make_run(folder: Path, megabytes: float) -> list[Path]:
     count = int(megabytes * 1e6 / (len(TEXT) + 28))
     for number in range(FILES):
         path = log_dir / log_name("train", f"train-{number // 8}", f"rank-{number}")
-        path.write_bytes(b"".join(stamp(START + line + number / FILES) + TEXT for line in range(count)))
+        with path.open("wb") as file:
+            # Never all of it at once: the peak of this process would count as that of those it starts (getrusage(2)).
+            file.writelines(stamp(START + line + number / FILES) + TEXT for line in range(count))
         paths.append(path)
     return paths
 

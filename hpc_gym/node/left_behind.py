@@ -29,10 +29,19 @@ _held: list[int] = []
 
 def hold(private_dir: Path) -> None:
     """Shows others, as long as this process lives, that the directory is in use. Programs started later do not."""
-    descriptor = os.open(private_dir / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    lock, new = private_dir / _LOCK, private_dir / f".{_LOCK}-{os.getpid()}"
+    if not lock.exists():
+        # Locked before it has its name: it never lies there without a lock while its first holder lives.
+        _held.append(_locked(os.open(new, os.O_RDWR | os.O_CREAT, 0o600)))
+        new.rename(lock)
+    else:
+        _held.append(_locked(os.open(lock, os.O_RDWR)))
+
+
+def _locked(descriptor: int) -> int:
     with contextlib.suppress(OSError):  # a file system without locks: then nobody removes it
         fcntl.flock(descriptor, fcntl.LOCK_SH)
-    _held.append(descriptor)
+    return descriptor
 
 
 def remove_left_behind(folder: Path) -> list[Path]:
