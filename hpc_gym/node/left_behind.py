@@ -30,12 +30,16 @@ _held: list[int] = []
 def hold(private_dir: Path) -> None:
     """Shows others, as long as this process lives, that the directory is in use. Programs started later do not."""
     lock, new = private_dir / _LOCK, private_dir / f".{_LOCK}-{os.getpid()}"
-    if not lock.exists():
-        # Locked before it has its name: it never lies there without a lock while its first holder lives.
-        _held.append(_locked(os.open(new, os.O_RDWR | os.O_CREAT, 0o600)))
-        new.rename(lock)
-    else:
-        _held.append(_locked(os.open(lock, os.O_RDWR)))
+    # Locked before it has its name: it never lies there without a lock while its first holder lives.
+    descriptor = _locked(os.open(new, os.O_RDWR | os.O_CREAT, 0o600))
+    try:
+        os.link(new, lock)
+    except FileExistsError:
+        os.close(descriptor)
+        descriptor = _locked(os.open(lock, os.O_RDWR))
+    finally:
+        new.unlink()
+    _held.append(descriptor)
 
 
 def _locked(descriptor: int) -> int:
