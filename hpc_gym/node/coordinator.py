@@ -251,9 +251,10 @@ class Coordinator:
         elif kind == "endpoints":
             self._peers.publish(peer, message["endpoints"])
         elif kind == "event":
-            self._journal.write(message["event"])
-            if message["event"].get("event") == "status":
-                self._take_status(task, str(message["event"].get("text", "")))
+            event = message["event"]
+            self._journal.write(event)
+            if event.get("event") == "status":
+                self._take_status((peer.rank, str(event.get("process", ""))), str(event.get("text", "")))
         elif kind == "ended":
             self._verdict.ended[task] = int(message["exit_code"])
             self._saving.discard(task)
