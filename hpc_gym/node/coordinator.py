@@ -43,6 +43,7 @@ _EVIDENCE_WITHIN_S = 40.0
 _OTHERS_MAY_TELL_S = 3.0
 """From the first connection between nodes that fails: who is at fault is seen from all that do."""
 _ROLLOUTS = re.compile(r"rollouts \d+/\d+")
+_ASKING_MAY_TAKE_S = 5.0
 _SETTLE_S = 0.5
 """After the first failure: a rank that lost its peer is often faster to report than the one that died."""
 _SETTLE_COLLATERAL_S = 1.5
@@ -78,6 +79,9 @@ class Coordinator:
         self._steps = StepWatch(Path(plan.run_dir) / "metrics.jsonl", self._attempt, plan.supervision)
         self._rollouts: dict[Task, str] = {}
         """How many of its rollouts each rank said were back."""
+        self._overdue: asyncio.TimerHandle | None = None
+        self._asking: asyncio.Task[None] | None = None
+        """How much time is left for a checkpoint."""
         self._time_limit = TimeLimit(plan, os.environ.get("HPC_GYM_JOB_ID", ""))
         self._signals = JobSignals(plan, self._attempt, self._verdict, self._checkpoint, self._changed.set)
 
@@ -299,8 +303,8 @@ class Coordinator:
             self._saving.clear()
 
     def _checkpoint(self, reason: str, within_s: float | None = None) -> None:
-        """Orders tasks to save and stop within `within_s`; by default, within what Slurm's notice of a time limit
-        leaves. Once they were told, only `within_s` counts: there may be less time than it seemed.
+        """Orders tasks to save and stop within `within_s`; by default, within what the time limit leaves. Once they
+        were told, only `within_s` counts: there may be less time than it seemed.
         """
         if not self._verdict.checkpoint:
             self._verdict.checkpoint = reason
@@ -308,13 +312,25 @@ class Coordinator:
         elif within_s is None:
             return
         supervision = self._plan.supervision
+        asks = within_s is None and self._plan.launch.kind == "slurm"
         if within_s is None:
             within_s = supervision.time_limit_margin_s - supervision.stop_within_s
-        allowed = max(1.0, within_s)
+        allowed = max(_ASKING_MAY_TAKE_S if asks else 1.0, within_s)
         if any(rank not in self._peers for rank, _ in self._verdict.tasks):
             # Ranks that are not all there have nothing to save.
-            allowed = 0.0
-        asyncio.get_running_loop().call_later(allowed, self._checkpoint_overdue)
+            allowed, asks = 0.0, False
+        self._allow(allowed)
+        if asks:
+            self._asking = asyncio.create_task(self._allow_what_is_left(), name="time left")
+
+    async def _allow_what_is_left(self) -> None:
+        self._allow(await self._time_limit.allows())
+
+    def _allow(self, seconds: float) -> None:
+        """For the checkpoint that tasks write; what was said last counts."""
+        if self._overdue is not None:
+            self._overdue.cancel()
+        self._overdue = asyncio.get_running_loop().call_later(seconds, self._checkpoint_overdue)
 
     def _checkpoint_overdue(self) -> None:
         self._verdict.overdue = True

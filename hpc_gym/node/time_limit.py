@@ -67,6 +67,14 @@ class TimeLimit:
             except TimeoutError:
                 continue
 
+    async def allows(self) -> float:
+        """Seconds that a save which has begun may take: Slurm's notice may come a minute before its time."""
+        supervision = self._supervision
+        left = await asyncio.to_thread(scontrol.time_left, self._job_id)
+        usual = supervision.time_limit_margin_s - supervision.stop_within_s
+        enough = max(usual, _SLOWER * self.longest, supervision.checkpoint_grace_s)
+        return max(1.0, min(enough, left - supervision.stop_within_s - _UNTIL_THE_END_S))
+
     def wanted(self) -> float:
         """Seconds from the beginning of a save to the limit that are enough for all that comes."""
         return _SLOWER * self.longest + self._supervision.stop_within_s + _UNTIL_THE_END_S if self.longest else 0.0
