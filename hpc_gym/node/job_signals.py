@@ -56,7 +56,9 @@ class JobSignals:
         """SIGTERM is also all that a job hears when Slurm takes its nodes for another: then there is a grace time."""
         standing = await asyncio.to_thread(scontrol.standing, os.environ.get("HPC_GYM_JOB_ID", ""), _ASK_SLURM_FOR_S)
         if standing.preempted and standing.state == "RUNNING":
-            self._save(scontrol.PREEMPTED, None)
+            # Slurm says the end of the grace time as the job's end, and SIGTERM once more then.
+            supervision = self._plan.supervision
+            self._save(scontrol.PREEMPTED, supervision.time_limit_margin_s - supervision.stop_within_s)
         elif standing.state in ("PENDING", "PREEMPTED", "NODE_FAIL"):
             # SIGKILL follows after KillWait: the other half of it is for the stop.
             within_s = await asyncio.to_thread(scontrol.kill_wait, _ASK_SLURM_FOR_S) / 2
