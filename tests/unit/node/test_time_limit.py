@@ -59,3 +59,17 @@ def test_where_the_margin_is_enough_slurm_is_not_asked(tmp_path: Path, monkeypat
 
     with pytest.raises(TimeoutError):
         asyncio.run(asked())
+
+
+@pytest.mark.parametrize(("left", "allowed"), [(float("inf"), 60.0), (50.0, 37.0), (3.0, 1.0)])
+def test_a_save_that_has_begun_may_take_what_the_time_limit_leaves(
+    left: float, allowed: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scontrol, "time_left", lambda job_id: left)
+
+    async def asked() -> float:
+        limit = TimeLimit(plan(tmp_path, train=[[task("rank-0", "pass")]]), "7")
+        limit.longest = 40.0
+        return await limit.allows()
+
+    assert asyncio.run(asked()) == allowed
